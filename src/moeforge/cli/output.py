@@ -1,0 +1,125 @@
+"""What a verb prints: one JSON object with `--json`, otherwise something good to read; and failures as one line.
+
+Results go to stdout, everything else (progress, notes, warnings) to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moeforge.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
+
+_FULL = {errno.ENOSPC: "no space left on device", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file too large"}
+_results: IO[str] | None = None
+
+
+@contextlib.contextmanager
+def reserve_stdout(only_results: bool) -> Iterator[None]:
+    """With `only_results`, whatever prints to stdout (libraries do) lands on stderr, except what `emit` writes."""
+    global _results
+    if not only_results:
+        yield
+        return
+    _results = sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        _results.flush()
+    finally:
+        _results = None
+
+
+def emit(result: Mapping[str, Any], as_json: bool, human: Callable[[], Any] | str | None = None) -> None:
+    """Print a verb's result.
+
+    With `as_json`: `result` as one JSON object (non-finite numbers become null; paths, dataclasses, numpy and torch
+    scalars are understood). Otherwise `human`: a string, or a function that returns a string or anything rich
+    prints (a Table, a Group); without it, the keys and values of `result` one below the other.
+    """
+    stream = _results or sys.stdout
+    if as_json:
+        print(json.dumps(_jsonable(result), allow_nan=False), file=stream, flush=True)
+        return
+    shown = human() if callable(human) else human
+    if shown is None:
+        width = max(map(len, result), default=0)
+        shown = "\n".join(f"{key:<{width}}  {value}" for key, value in result.items())
+    if isinstance(shown, str):
+        print(shown, file=stream, flush=True)
+        return
+    from rich.console import Console
+
+    Console(file=stream).print(shown)
+
+
+def stderr_console() -> Console:
+    """A rich console on stderr: for progress bars, notes and warnings."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def describe_failure(error: Exception) -> tuple[str, int | None]:
+    """One line about `error` and its exit code; None as the code where nobody foresaw the error."""
+    if isinstance(error, UserError | RunError):
+        return _one_line(str(error)), error.exit_code
+    if isinstance(error, typer.TyperException):
+        context = getattr(error, "ctx", None)
+        see = f" (see '{context.command_path} --help')" if context is not None else ""
+        return _one_line(error.format_message()) + see, error.exit_code
+    if full := _disk_full(error):
+        return full, 1
+    return _one_line(f"{type(error).__name__}: {error}"), None
+
+
+def discard_stdout() -> None:
+    """After a broken pipe: send the interpreter's last flush of stdout nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _disk_full(error: BaseException | None) -> str | None:
+    """The line for a write that found no room, however deep the error lies and whichever library raised it."""
+    while error is not None:
+        for code, text in _FULL.items():
+            known = isinstance(error, OSError) and error.errno == code
+            if known or f"os error {code})" in str(error):  # safetensors tells it in words only
+                where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
+                return f"{text}{where}; nothing finished was lost: free some space and run the command again"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _jsonable(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_jsonable(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy and torch, scalars and arrays
+        return _jsonable(value.tolist())
+    return str(value)

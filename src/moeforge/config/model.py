@@ -1,0 +1,162 @@
+"""The model's own configuration: plain frozen dataclasses, no torch, no pydantic.
+
+Legend: D hidden, F FFN width, E experts, K top-k, H heads, G KV groups, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from moeforge.errors import UserError
+
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+QKNorm = Literal["none", "head", "full"]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding (rotate-half form). The scaling kinds are those of transformers' `rope_parameters`."""
+
+    theta: float = 10000.0
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    original_max_positions: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Routed experts and their gate (SKYWORK section 2).
+
+    `gate_norm` is lambda of z~ = lambda (z - mean) / std, or None for plain softmax gating; with
+    `gate_norm_learned` it is the start of one parameter per layer. `layer_frequency` f makes the layers
+    f-1, 2f-1, ... sparse; the others keep their dense feed-forward.
+    """
+
+    num_experts: int
+    top_k: int
+    expert_size: int
+    gate_norm: float | None = None
+    gate_norm_learned: bool = False
+    router_bias: bool = False
+    renormalize: bool = True
+    layer_frequency: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 1:
+            raise UserError(f"moe.num_experts = {self.num_experts}: must be at least 1")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise UserError(
+                f"moe.top_k = {self.top_k}: must be between 1 and the number of experts ({self.num_experts})"
+            )
+        if self.top_k == 1 and self.renormalize and self.num_experts > 1:
+            raise UserError(
+                "moe.top_k = 1 with moe.renormalize = true: the one weight is always 1, so the router would get "
+                "no gradient; use top_k >= 2 or renormalize = false"
+            )
+        if self.gate_norm is not None:
+            if self.num_experts < 3:
+                raise UserError(
+                    f"moe.gate_norm = {self.gate_norm} with moe.num_experts = {self.num_experts}: gate "
+                    "normalisation needs at least 3 experts (with 2 its gradient is zero); use gate_norm = off"
+                )
+            if not (math.isfinite(self.gate_norm) and self.gate_norm > 0):
+                raise UserError(f"moe.gate_norm = {self.gate_norm}: must be a positive number, or off")
+        elif self.gate_norm_learned:
+            raise UserError("moe.gate_norm_learned = true needs moe.gate_norm, its starting value")
+        if self.layer_frequency < 1:
+            raise UserError(f"moe.layer_frequency = {self.layer_frequency}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes the function the weights compute. Sizes are global, never a rank's share."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    norm_eps: float = 1e-5
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    max_positions: int = 4096
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: QKNorm = "none"
+    sliding_window: int | None = None
+    sliding_window_first_layer: int = 0
+    moe: MoEConfig | None = None
+    family: str = "llama"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"num_heads = {self.num_heads}: must be a multiple of num_kv_heads ({self.num_kv_heads})"
+            )
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether this layer's feed-forward is routed."""
+        return self.moe is not None and (layer + 1) % self.moe.layer_frequency == 0
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with routed experts, ascending."""
+        return tuple(i for i in range(self.num_layers) if self.is_moe_layer(i))
+
+    def window(self, layer: int) -> int | None:
+        """How many positions back a token of this layer sees (itself included), None for all."""
+        return self.sliding_window if layer >= self.sliding_window_first_layer else None
+
+    def parameters(self, active: bool = False) -> int:
+        """Number of weights; with `active`, only the K experts that one token uses."""
+        d, hd = self.hidden_size, self.head_dim
+        qkv = (self.num_heads + 2 * self.num_kv_heads) * hd
+        attention = qkv * d + self.num_heads * hd * d + qkv * self.qkv_bias + d * self.output_bias
+        attention += {"none": 0, "head": 2 * hd, "full": (self.num_heads + self.num_kv_heads) * hd}[self.qk_norm]
+        total = self.vocab_size * d * (1 if self.tie_embeddings else 2) + d
+        for layer in range(self.num_layers):
+            total += attention + 2 * d
+            if self.moe is not None and self.is_moe_layer(layer):
+                moe = self.moe
+                experts = moe.top_k if active else moe.num_experts
+                total += moe.num_experts * (d + moe.router_bias) + moe.gate_norm_learned
+                total += experts * 3 * d * moe.expert_size
+            else:
+                total += 3 * d * self.ffn_size
+        return total
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping that `from_dict` reads back unchanged."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
+        """The inverse of `to_dict`."""
+        data = dict(data)
+        data["rope"] = RopeConfig(**data["rope"])
+        data["moe"] = MoEConfig(**data["moe"]) if data.get("moe") else None
+        data["eos_token_ids"] = tuple(data["eos_token_ids"])
+        return cls(**data)
+
+    def fingerprint(self) -> str:
+        """Short hash of the configuration; plans carry it, so that they are not used on another model."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]

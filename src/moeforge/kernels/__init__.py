@@ -1,0 +1,29 @@
+"""Computations as single functions, each with a reference implementation. Imports torch only.
+
+Legend used everywhere: T tokens, D hidden, F FFN width, E experts, K top-k, H heads, G KV groups, N = T*K
+assignments, R rows of the expert buffer, V vocabulary, h head dimension.
+"""
+
+from moeforge.kernels.cross_entropy import linear_cross_entropy
+from moeforge.kernels.experts import expert_mlp, expert_mlp_reference
+from moeforge.kernels.gate import Gate, gate, normalize_logits
+from moeforge.kernels.norm import rms_norm
+from moeforge.kernels.permute import Permutation, combine, expert_permutation, gather
+from moeforge.kernels.rope import rotate
+from moeforge.kernels.swiglu import swiglu
+
+__all__ = [
+    "Gate",
+    "Permutation",
+    "combine",
+    "expert_mlp",
+    "expert_mlp_reference",
+    "expert_permutation",
+    "gate",
+    "gather",
+    "linear_cross_entropy",
+    "normalize_logits",
+    "rms_norm",
+    "rotate",
+    "swiglu",
+]

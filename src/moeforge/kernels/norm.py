@@ -1,0 +1,36 @@
+"""RMSNorm in Llama's form: statistics in float32, cast back, then times the weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeforge.kernels.precision import widen
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = widen(x)
+        rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        rstd.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        return (wide * rstd).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, rstd = ctx.saved_tensors
+        grad = widen(grads[0])
+        unit = widen(x) * rstd
+        d = x.shape[-1]
+        grad_weight = (grad * unit).reshape(-1, d).sum(0).to(weight.dtype)
+        grad = grad * widen(weight)
+        mean = (grad * unit).sum(-1, keepdim=True).div_(d)
+        return grad.sub_(unit.mul_(mean)).mul_(rstd).to(x.dtype), grad_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x [..., D], weight [D] (Zhang & Sennrich 2019)."""
+    return _RMSNorm.apply(x, weight, eps)

@@ -1,0 +1,112 @@
+"""Bringing tokens to their experts and back: an expert-sorted buffer whose groups start at aligned rows."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Matrix libraries prepare code for each new shape: with free row counts nearly every expert call is a new shape
+# (measured: bf16 on CPU 3x slower). Multiples of 32 leave few shapes; grouped kernels on GPUs want 16 or more.
+ALIGNMENT = 32
+
+
+class Permutation(NamedTuple):
+    """Where assignments go. `source_R`: the token that fills each buffer row (padding rows repeat token 0);
+    `row_TK`: the buffer row of each assignment; `offsets_E` int32: the end row of each expert's group."""
+
+    source_R: Tensor
+    row_TK: Tensor
+    offsets_E: Tensor
+
+
+def expert_permutation(experts_TK: Tensor, num_experts: int, kept_TK: Tensor | None = None) -> Permutation:
+    """Stable sort of assignments by expert into groups of aligned size.
+
+    experts_TK int64 [T, K]. Where `kept_TK` is false the assignment goes nowhere: its row is the last one, which is
+    always padding. Row counts are exact on CPU; on other devices the buffer has its largest possible size, so that
+    the host never waits. The last expert's group takes all remaining rows.
+    """
+    tokens, k = experts_TK.shape
+    experts_N = experts_TK.reshape(-1)
+    if kept_TK is not None:
+        experts_N = torch.where(kept_TK.reshape(-1), experts_N, num_experts)
+    order_N = torch.argsort(experts_N, stable=True)
+    counts = torch.bincount(experts_N, minlength=num_experts + 1)[:num_experts]
+    aligned = (counts + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    ends = aligned.cumsum(0)
+    if experts_TK.device.type == "cpu":
+        rows = int(ends[-1])
+    else:
+        rows = (tokens * k + num_experts * (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
+    if kept_TK is not None:
+        rows += ALIGNMENT
+    # Shift from the dense sorted position to the aligned one, by expert; dropped assignments come last in the order.
+    shift = (ends - aligned) - (counts.cumsum(0) - counts)
+    sorted_experts = experts_N[order_N]
+    row_sorted = torch.arange(tokens * k, device=experts_TK.device)
+    if kept_TK is None:
+        row_sorted = row_sorted + shift[sorted_experts]
+    else:
+        moved = row_sorted + shift[sorted_experts.clamp_max(num_experts - 1)]
+        row_sorted = torch.where(sorted_experts < num_experts, moved, rows - 1)
+    row_N = torch.empty_like(row_sorted).scatter_(0, order_N, row_sorted)
+    source = torch.zeros(rows, dtype=torch.int64, device=experts_TK.device)
+    source.scatter_(0, row_sorted, order_N // k)
+    offsets = ends.to(torch.int32)
+    offsets[-1] = rows
+    return Permutation(source, row_N.view(tokens, k), offsets)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, row: Tensor) -> Tensor:
+        ctx.save_for_backward(row)
+        return x.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (row,) = ctx.saved_tensors
+        # Reading each token's K rows is deterministic and needs no atomic adds. Padding rows get no gradient
+        # because `combine` gives them none.
+        out = grads[0].index_select(0, row[:, 0])
+        for k in range(1, row.shape[1]):
+            out += grads[0].index_select(0, row[:, k])
+        return out, None, None
+
+
+def gather(x_TD: Tensor, permutation: Permutation) -> Tensor:
+    """The expert-sorted buffer [R, D] of token rows x_TD."""
+    return _Gather.apply(x_TD, permutation.source_R, permutation.row_TK)
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weights: Tensor, row: Tensor) -> Tensor:
+        ctx.save_for_backward(y, weights, row)
+        cast = weights.to(y.dtype)
+        out = y.index_select(0, row[:, 0]).mul_(cast[:, :1])
+        for k in range(1, row.shape[1]):
+            out.addcmul_(y.index_select(0, row[:, k]), cast[:, k : k + 1])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        y, weights, row = ctx.saved_tensors
+        grad = grads[0]
+        cast = weights.to(y.dtype)
+        grad_y = torch.zeros_like(y)
+        grad_weights = torch.empty_like(weights)
+        for k in range(row.shape[1]):
+            grad_y.index_copy_(0, row[:, k], grad * cast[:, k : k + 1])
+            grad_weights[:, k] = torch.linalg.vecdot(y.index_select(0, row[:, k]), grad)
+        return grad_y, grad_weights, None
+
+
+def combine(y_RD: Tensor, weights_TK: Tensor, permutation: Permutation) -> Tensor:
+    """Sum over k of weights_TK times the expert output of each assignment: [T, D] in y's dtype.
+
+    Weights of dropped assignments must be zero (they all share the last, padding row).
+    """
+    return _Combine.apply(y_RD, weights_TK, permutation.row_TK)

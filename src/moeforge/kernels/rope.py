@@ -1,0 +1,35 @@
+"""Rotary position embedding, rotate-half form (Su et al. 2021, in Llama's layout)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=out[..., half:]).addcmul_(a, sin)
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, torch.empty(x.shape, dtype=x.dtype, device=x.device))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        grad = grads[0]
+        # The cosine and sine may carry a length factor (yarn), so the transpose is the turn by the negative angle.
+        return _turn(grad, cos, -sin, torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)), None, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + h/2) of the last dimension; x [T, ..., h], cos and sin broadcastable to [T, ..., h/2]."""
+    return _Rotate.apply(x, cos, sin)

@@ -1,0 +1,41 @@
+"""SwiGLU (Shazeer 2020): silu(gate) * up over fused [gate, up] columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def swiglu_forward(h: Tensor) -> Tensor:
+    """silu(h[..., :F]) * h[..., F:] without autograd; h [..., 2F]."""
+    gate, up = h.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def swiglu_backward(h: Tensor, grad: Tensor) -> Tensor:
+    """Gradient [..., 2F] of `swiglu_forward` at h for the output gradient [..., F]."""
+    gate, up = h.chunk(2, dim=-1)
+    out = torch.empty_like(h)
+    grad_gate, grad_up = out.chunk(2, dim=-1)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+    torch.mul(F.silu(gate), grad, out=grad_up)
+    return out
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        return swiglu_forward(h)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return swiglu_backward(ctx.saved_tensors[0], grads[0])
+
+
+def swiglu(h: Tensor) -> Tensor:
+    """silu(h[..., :F]) * h[..., F:]; only h [..., 2F] is kept for the backward."""
+    return _SwiGLU.apply(h)

@@ -1,0 +1,48 @@
+"""Seam 1: where routed tokens travel. Locally they only change order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from moeforge.kernels import combine, expert_permutation, gather
+
+ExpertFunction = Callable[[Tensor, Tensor], Tensor]
+"""(x_RD sorted by local expert, offsets_e int32) -> y_RD"""
+
+
+class Dispatcher(Protocol):
+    """Takes tokens to their experts and brings the weighted results back."""
+
+    def route(
+        self,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        experts_TK: Tensor,
+        kept_TK: Tensor | None,
+        num_experts: int,
+        experts: ExpertFunction,
+    ) -> Tensor:
+        """Weighted sum of expert outputs [T, D]. Assignments whose `kept_TK` is false travel nowhere."""
+        ...
+
+
+class LocalDispatcher:
+    """All experts live in this process."""
+
+    def route(
+        self,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        experts_TK: Tensor,
+        kept_TK: Tensor | None,
+        num_experts: int,
+        experts: ExpertFunction,
+    ) -> Tensor:
+        if kept_TK is not None:
+            weights_TK = weights_TK.where(kept_TK, 0.0)
+        permutation = expert_permutation(experts_TK, num_experts, kept_TK)
+        y_RD = experts(gather(x_TD, permutation), permutation.offsets_E)
+        return combine(y_RD, weights_TK, permutation)

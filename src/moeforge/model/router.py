@@ -1,0 +1,164 @@
+"""The router: gate logits, the choice of experts, capacity, auxiliary loss and statistics."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moeforge.config.model import MoEConfig
+from moeforge.kernels import Gate, gate
+from moeforge.kernels.precision import widen
+from moeforge.model.context import ForwardContext, RoutingGroups
+
+
+class Routing(NamedTuple):
+    """weights_TK and experts_TK of the chosen experts; `kept_TK` None when every assignment travels."""
+
+    weights_TK: Tensor
+    experts_TK: Tensor
+    kept_TK: Tensor | None
+
+
+class _AttachLoss(torch.autograd.Function):
+    """Identity on an activation that sends `coefficient` as the gradient of a side loss.
+
+    So the auxiliary loss trains under any pipeline schedule and never enters the reported loss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, coefficient: Tensor) -> Tensor:
+        ctx.save_for_backward(coefficient.to(loss.dtype))
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grads[0], ctx.saved_tensors[0], None
+
+
+def group_load(experts_TK: Tensor, num_experts: int, groups: RoutingGroups) -> tuple[Tensor, Tensor]:
+    """Assignments per group and expert [n, E] and the assignments' running rank within them [T, K] (token order).
+
+    Padding is not counted; its rank is meaningless.
+    """
+    tokens, k = experts_TK.shape
+    one_hot = F.one_hot(experts_TK, num_experts)
+    if groups.valid_T is not None:
+        one_hot = one_hot * groups.valid_T[:, None, None]
+    one_hot = one_hot.view(groups.count, -1, num_experts)
+    running = one_hot.cumsum(1)
+    rank = running.view(tokens, k, num_experts).gather(2, experts_TK.unsqueeze(2)).squeeze(2) - 1
+    return running[:, -1], rank
+
+
+def capacity(assignments: Tensor, num_experts: int, factor: float) -> Tensor:
+    """C = ceil(factor * N / E), elementwise over groups; float64."""
+    return torch.ceil(assignments.double() * factor / num_experts)
+
+
+def auxiliary_loss(
+    kind: str, probability_nE: Tensor, load_nE: Tensor, assignments_n: Tensor
+) -> Tensor:
+    """Balance loss of each routing group, [n]; no coefficient.
+
+    `probability_nE` is the mean gate probability, differentiable; `load_nE` counts. "skywork" is sum_j (1/E - P_j)^2
+    (Skywork-MoE equation 4); "switch", "sequence" and "global" are E * sum_j f_j P_j (Switch Transformer
+    equation 4), which differ in what f is counted over. At equal coefficient and f near P the first one's gradient is
+    E/2 times smaller.
+    """
+    num_experts = probability_nE.shape[1]
+    if kind == "skywork":
+        return (probability_nE - 1.0 / num_experts).square().sum(1)
+    share = load_nE / assignments_n.clamp_min(1).unsqueeze(1)
+    return num_experts * (share.to(probability_nE.dtype) * probability_nE).sum(1)
+
+
+class Router(nn.Module):
+    """z = W x (+ b) in float32, normalised where configured, softmax, top-k."""
+
+    def __init__(self, hidden_size: int, moe: MoEConfig, layer: int) -> None:
+        super().__init__()
+        self.moe, self.layer = moe, layer
+        self.weight = nn.Parameter(torch.empty(moe.num_experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(moe.num_experts)) if moe.router_bias else None
+        self.scale = nn.Parameter(torch.empty(())) if moe.gate_norm_learned else None
+
+    def reset_parameters(self, std: float) -> None:
+        """Normal weights: a router of zeros would give every token the same experts and no gradient to tell them apart."""
+        nn.init.normal_(self.weight, std=std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if self.scale is not None:
+            nn.init.constant_(self.scale, self.moe.gate_norm or 1.0)
+
+    def forward(self, x_TD: Tensor, context: ForwardContext) -> tuple[Tensor, Routing]:
+        """Returns x_TD (carrying the auxiliary loss's gradient) and the routing of its tokens."""
+        bias = None if self.bias is None else widen(self.bias)
+        raw_TE = F.linear(widen(x_TD), widen(self.weight), bias)
+        scale: float | Tensor | None = self.moe.gate_norm if self.scale is None else widen(self.scale)
+        chosen = gate(raw_TE, self.moe.top_k, scale, self.moe.renormalize)
+        groups = context.groups
+        if groups is None:
+            return x_TD, Routing(chosen.weights, chosen.experts, None)
+
+        kept = None if groups.valid_T is None else groups.valid_T[:, None].expand_as(chosen.experts)
+        load_nE, rank_TK = group_load(chosen.experts, self.moe.num_experts, groups)
+        assignments_n = load_nE.sum(1)
+        capacity_n = capacity(assignments_n, self.moe.num_experts, groups.capacity_factor)
+        if groups.drop:
+            within = rank_TK.view(groups.count, -1) < capacity_n[:, None]
+            kept = within.view_as(rank_TK) if kept is None else within.view_as(rank_TK) & kept
+        if context.record is not None:
+            overflow = (load_nE - capacity_n[:, None]).clamp_min(0).sum()
+            x_TD = self._account(x_TD, raw_TE, chosen, load_nE, assignments_n, overflow, context)
+        return x_TD, Routing(chosen.weights, chosen.experts, kept)
+
+    def _account(
+        self,
+        x_TD: Tensor,
+        raw_TE: Tensor,
+        chosen: Gate,
+        load_nE: Tensor,
+        assignments_n: Tensor,
+        overflow: Tensor,
+        context: ForwardContext,
+    ) -> Tensor:
+        """Attach the auxiliary loss and assign this micro-batch's statistics to the record."""
+        record, groups = context.record, context.groups
+        assert record is not None and groups is not None
+        e, k, n = self.moe.num_experts, self.moe.top_k, groups.count
+        valid = torch.ones_like(raw_TE[:, 0]) if groups.valid_T is None else groups.valid_T.to(raw_TE.dtype)
+        tokens_n = valid.view(n, -1).sum(1)
+        probability_nE = (chosen.probabilities * valid[:, None]).view(n, -1, e).sum(1)
+        mean_nE = probability_nE / tokens_n.clamp_min(1)[:, None]
+        load = load_nE.sum(0).double()
+        aux = tokens_n.new_zeros(())
+        if record.aux_loss != "none":
+            loads, totals = load_nE, assignments_n
+            if record.aux_loss == "global":
+                # The running load of the step so far; the later micro-batches see the most of it.
+                so_far = record.load_before(self.layer, context.micro_batch) + load
+                loads, totals = so_far.expand(n, e), so_far.sum().expand(n)
+            aux = (auxiliary_loss(record.aux_loss, mean_nE, loads, totals) * tokens_n).sum()
+            x_TD = _AttachLoss.apply(x_TD, aux, record.alpha_of(self.layer) / record.routed_tokens)
+        with torch.no_grad():
+            top = torch.topk(chosen.logits, min(3, e), dim=1).values
+            ratio = (top[:, :-1] - top[:, 1:]).exp() * valid[:, None]
+            p = chosen.probabilities
+            scalars = {
+                "tokens": tokens_n.sum(),
+                "assignments": tokens_n.sum() * k,
+                "overflow": overflow,
+                "aux": aux,
+                "entropy": (torch.special.entr(p).sum(1) * valid).sum(),
+                "max1_over_max2": ratio[:, 0].sum() if e > 1 else aux.new_zeros(()),
+                "max2_over_max3": ratio[:, 1].sum() if e > 2 else aux.new_zeros(()),
+            }
+            vectors = [load, probability_nE.sum(0).double()]
+            if record.distributions:
+                for q in (p, raw_TE.softmax(-1)):
+                    vectors.append((q.sort(-1, descending=True).values * valid[:, None]).sum(0).double())
+            record.assign(self.layer, context.micro_batch, scalars, *vectors)
+        return x_TD

@@ -1,0 +1,109 @@
+"""The transformer as a flat list of units."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moeforge.config.model import ModelConfig
+from moeforge.layout import Layout, unit_names
+from moeforge.model.context import ForwardContext
+from moeforge.model.rotary import rotary_angles
+from moeforge.model.router import Router
+from moeforge.model.units import Attention, Embedding, FeedForward, Head, MoEFeedForward
+
+
+class Transformer(nn.Module):
+    """Embedding, L x (attention, feed-forward), norm and head; or the slice of them that a Layout's stage names.
+
+    Parameter names are global (`layers.7.ffn.experts.w13`), whatever slice is built. Parameters are
+    uninitialised: load them, or call `reset_parameters`.
+    """
+
+    def __init__(self, config: ModelConfig, layout: Layout | None = None, stage: int = 0, rank: int = 0) -> None:
+        super().__init__()
+        layout = layout or Layout.single(config)
+        shard, part = layout.ranks[rank], layout.stages[stage]
+        names = unit_names(config)[part.begin_unit : part.end_unit]
+        self.config = config
+        self.recompute: Collection[str] = frozenset(part.recompute)
+        self.embed: Embedding | None = None
+        self.head: Head | None = None
+        self.layers = nn.ModuleDict()
+        self.names = names
+
+        def size(span: tuple[int, int]) -> int:
+            return span[1] - span[0]
+
+        for name in names:
+            if name == "embed":
+                self.embed = Embedding(config, size(shard.vocab_rows))
+                continue
+            if name == "head":
+                self.head = Head(config, size(shard.vocab_rows))
+                continue
+            _, number, kind = name.split(".")
+            layer = int(number)
+            unit: nn.Module
+            if kind == "attention":
+                unit = Attention(config, layer, size(shard.kv_groups[layer]))
+            elif config.is_moe_layer(layer):
+                unit = MoEFeedForward(config, layer, size(shard.experts[layer]), size(shard.ffn_columns[layer]))
+            else:
+                unit = FeedForward(config, layer, size(shard.ffn_columns[layer]))
+            if number not in self.layers:
+                self.layers[number] = nn.ModuleDict()
+            self.layers[number][kind] = unit
+
+    def units(self) -> Iterator[tuple[str, nn.Module]]:
+        """(global name, module) in order."""
+        for name in self.names:
+            yield name, self.get_submodule(name)
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Random weights for training from scratch: normal(0, std), norms 1, biases 0."""
+        for name, parameter in self.named_parameters():
+            if "norm.weight" in name:
+                nn.init.ones_(parameter)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=std)
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.reset_parameters(std)
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, context: ForwardContext) -> Tensor:
+        """hidden_TD of flat tokens; `logits` and `loss` take it further.
+
+        tokens_T int64 [T], or hidden_TD of the previous stage where this slice has no embedding; positions_T int64 [T].
+        """
+        dtype = next(self.parameters()).dtype
+        rotary = rotary_angles(self.config, positions_T, dtype)
+        x = tokens_T
+        for name, unit in self.units():
+            if name in self.recompute and torch.is_grad_enabled():
+                x = checkpoint(unit, x, rotary, context, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = unit(x, rotary, context)
+        return x
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The head's projection [V, D]: its own, or the embedding's where tied."""
+        if self.head is not None and self.head.weight is not None:
+            return self.head.weight
+        assert self.embed is not None, "a tied head on a stage without the embedding is given its weight by parallel"
+        return self.embed.weight
+
+    def logits(self, hidden_RD: Tensor, context: ForwardContext) -> Tensor:
+        """Logits [R, V] of the chosen rows of hidden."""
+        return context.shard.logits(hidden_RD, self.output_weight)
+
+    def loss(self, hidden_TD: Tensor, targets_T: Tensor, context: ForwardContext) -> Tensor:
+        """Sum of the tokens' cross-entropies (float32); targets of -100 count nothing."""
+        return context.shard.cross_entropy(hidden_TD, self.output_weight, targets_T)

@@ -1,0 +1,131 @@
+"""The units of the model: a flat list of embedding, attention and feed-forward residual units, and head.
+
+Each is constructed with its local sizes; what a rank does not hold, another one adds in `Shard.leave`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moeforge.config.model import ModelConfig
+from moeforge.kernels import expert_mlp, rms_norm, rotate, swiglu
+from moeforge.model.context import ForwardContext
+from moeforge.model.router import Router
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class Weight(nn.Module):
+    """A bare weight with a name: `x.weight`, and `x.bias` where asked."""
+
+    def __init__(self, *shape: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*shape))
+        self.bias = nn.Parameter(torch.empty(shape[0])) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The weight as a linear map [out, in]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Module):
+    """tokens_T -> x_TD."""
+
+    def __init__(self, config: ModelConfig, rows: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, config.hidden_size))
+
+    def forward(self, tokens_T: Tensor, rotary: Rotary, context: ForwardContext) -> Tensor:
+        return context.shard.embed(tokens_T, self.weight)
+
+
+class Attention(nn.Module):
+    """x + o(attend(q, k, v)): grouped-query attention, q/k/v fused by KV group as [H/G query heads, key, value]."""
+
+    def __init__(self, config: ModelConfig, layer: int, groups: int) -> None:
+        super().__init__()
+        self.config, self.layer, self.groups = config, layer, groups
+        h, per_group = config.head_dim, config.heads_per_group
+        self.norm = Weight(config.hidden_size)
+        self.qkv = Weight(groups * (per_group + 2) * h, config.hidden_size, bias=config.qkv_bias)
+        if config.qk_norm != "none":
+            full = config.qk_norm == "full"
+            self.q_norm = Weight(groups * per_group * h if full else h)
+            self.k_norm = Weight(groups * h if full else h)
+        self.o = Weight(config.hidden_size, groups * per_group * h, bias=config.output_bias)
+
+    def forward(self, x_TD: Tensor, rotary: Rotary, context: ForwardContext) -> Tensor:
+        config = self.config
+        h, per_group, groups = config.head_dim, config.heads_per_group, self.groups
+        u_TD = context.shard.enter(rms_norm(x_TD, self.norm.weight, config.norm_eps))
+        qkv = self.qkv(u_TD).view(-1, groups, per_group + 2, h)
+        q, k, v = qkv.split((per_group, 1, 1), dim=2)
+        q, k, v = (y.reshape(y.shape[0], -1, h) for y in (q, k, v))
+        if config.qk_norm == "full":
+            q = rms_norm(q.flatten(1), self.q_norm.weight, config.norm_eps).view_as(q)
+            k = rms_norm(k.flatten(1), self.k_norm.weight, config.norm_eps).view_as(k)
+        elif config.qk_norm == "head":
+            q = rms_norm(q, self.q_norm.weight, config.norm_eps)
+            k = rms_norm(k, self.k_norm.weight, config.norm_eps)
+        out = context.attention.attend(
+            self.layer, rotate(q, *rotary), rotate(k, *rotary), v, config.window(self.layer)
+        )
+        return x_TD + context.shard.leave(self.o(out.flatten(1)))
+
+
+class FeedForward(nn.Module):
+    """x + w2(silu(gate) * up): the dense feed-forward of F local columns."""
+
+    def __init__(self, config: ModelConfig, layer: int, columns: int) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.norm = Weight(config.hidden_size)
+        self.w13 = Weight(2 * columns, config.hidden_size)
+        self.w2 = Weight(config.hidden_size, columns)
+
+    def forward(self, x_TD: Tensor, rotary: Rotary, context: ForwardContext) -> Tensor:
+        u_TD = context.shard.enter(rms_norm(x_TD, self.norm.weight, self.eps))
+        return x_TD + context.shard.leave(self.w2(swiglu(self.w13(u_TD))))
+
+
+class Experts(nn.Module):
+    """Stacked weights of the local experts: w13 [e, 2F, D] gate rows first, w2 [e, D, F]."""
+
+    def __init__(self, hidden_size: int, experts: int, columns: int) -> None:
+        super().__init__()
+        self.w13 = nn.Parameter(torch.empty(experts, 2 * columns, hidden_size))
+        self.w2 = nn.Parameter(torch.empty(experts, hidden_size, columns))
+
+    def forward(self, x_RD: Tensor, offsets_e: Tensor) -> Tensor:
+        return expert_mlp(x_RD, self.w13, self.w2, offsets_e)
+
+
+class MoEFeedForward(nn.Module):
+    """x + sum over the chosen experts of weight * expert(x)."""
+
+    def __init__(self, config: ModelConfig, layer: int, experts: int, columns: int) -> None:
+        super().__init__()
+        assert config.moe is not None
+        self.eps, self.num_experts = config.norm_eps, config.moe.num_experts
+        self.norm = Weight(config.hidden_size)
+        self.router = Router(config.hidden_size, config.moe, layer)
+        self.experts = Experts(config.hidden_size, experts, columns)
+
+    def forward(self, x_TD: Tensor, rotary: Rotary, context: ForwardContext) -> Tensor:
+        u_TD, routing = self.router(rms_norm(x_TD, self.norm.weight, self.eps), context)
+        return x_TD + context.dispatcher.route(u_TD, *routing, self.num_experts, self.experts)
+
+
+class Head(nn.Module):
+    """Final norm; the output projection [V, D] is `weight`, or None where it is tied to the embedding."""
+
+    def __init__(self, config: ModelConfig, rows: int) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.norm = Weight(config.hidden_size)
+        self.weight = None if config.tie_embeddings else nn.Parameter(torch.empty(rows, config.hidden_size))
+
+    def forward(self, x_TD: Tensor, rotary: Rotary, context: ForwardContext) -> Tensor:
+        return rms_norm(x_TD, self.norm.weight, self.eps)

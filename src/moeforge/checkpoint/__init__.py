@@ -1,0 +1,19 @@
+"""Checkpoints in and out: families, safetensors, torch archives and GGUF, all under canonical names."""
+
+from moeforge.checkpoint.names import canonical_shapes, fuse, unfuse
+from moeforge.checkpoint.open import open_checkpoint
+from moeforge.checkpoint.opened import Checkpoint, check_tokenizer
+from moeforge.checkpoint.source import check_finite
+from moeforge.checkpoint.writer import ShardWriter, require_disk_space
+
+__all__ = [
+    "Checkpoint",
+    "ShardWriter",
+    "canonical_shapes",
+    "check_finite",
+    "check_tokenizer",
+    "fuse",
+    "open_checkpoint",
+    "require_disk_space",
+    "unfuse",
+]

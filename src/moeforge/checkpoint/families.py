@@ -1,0 +1,41 @@
+"""What a family calls its weights on disk, to and from the canonical names.
+
+Llama, Mistral, Qwen2, Qwen3, Skywork-13B, Mixtral, Skywork-MoE and our own form use the canonical names as they
+are. To add a family: its config in config/hf.py, its renames here, its logits in tests/checkpoint/test_families.py.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Qwen3-MoE and OLMoE name experts after the dense projections, and their gate sits under `mlp`.
+_EXPERT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+_EXPERT_ON_DISK = {canonical: disk for disk, canonical in _EXPERT.items()}
+_FROM_DISK = re.compile(
+    r"^(model\.layers\.\d+)\.mlp\.(?:(gate)|experts\.(\d+)\.(gate_proj|up_proj|down_proj))\.weight$"
+)
+_TO_DISK = re.compile(
+    r"^(model\.layers\.\d+)\.block_sparse_moe\.(?:(gate)|experts\.(\d+)\.(w[123]))\.weight$"
+)
+_MLP_STYLE = ("qwen3_moe", "olmoe")
+
+
+def canonical_name(disk_name: str) -> str | None:
+    """The canonical name, or None for what is no weight (old Llama files' `rotary_emb.inv_freq`)."""
+    if disk_name.endswith("rotary_emb.inv_freq"):
+        return None
+    if not (match := _FROM_DISK.match(disk_name)):
+        return disk_name
+    layer, gate, expert, part = match.groups()
+    block = f"{layer}.block_sparse_moe"
+    return f"{block}.gate.weight" if gate else f"{block}.experts.{expert}.{_EXPERT[part]}.weight"
+
+
+def disk_name(canonical: str, form: str) -> str:
+    """What a checkpoint of this form (`config.hf.on_disk_form`) calls a canonical name."""
+    if form not in _MLP_STYLE or not (match := _TO_DISK.match(canonical)):
+        return canonical
+    layer, gate, expert, part = match.groups()
+    return (
+        f"{layer}.mlp.gate.weight" if gate else f"{layer}.mlp.experts.{expert}.{_EXPERT_ON_DISK[part]}.weight"
+    )

@@ -1,0 +1,155 @@
+"""The names of weights: canonical (unfused, as on disk) and in memory (fused q/k/v and gate/up, stacked experts).
+
+Legend: D hidden, F FFN width, E experts, H heads, G KV groups, V vocabulary, hd head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from moeforge.config.model import ModelConfig
+
+Shape = tuple[int, ...]
+EMBED = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+def canonical_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Every canonical name of this model with its shape, in the order in which checkpoints are written."""
+    c = config
+    d, q_rows, kv_rows = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    shapes: dict[str, Shape] = {EMBED: (c.vocab_size, d)}
+    for i in range(c.num_layers):
+        layer = f"model.layers.{i}"
+        shapes[f"{layer}.input_layernorm.weight"] = (d,)
+        for part, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
+            shapes[f"{layer}.self_attn.{part}_proj.weight"] = (rows, d)
+            if c.qkv_bias:
+                shapes[f"{layer}.self_attn.{part}_proj.bias"] = (rows,)
+        shapes[f"{layer}.self_attn.o_proj.weight"] = (d, q_rows)
+        if c.output_bias:
+            shapes[f"{layer}.self_attn.o_proj.bias"] = (d,)
+        if c.qk_norm != "none":
+            full = c.qk_norm == "full"
+            shapes[f"{layer}.self_attn.q_norm.weight"] = (q_rows if full else c.head_dim,)
+            shapes[f"{layer}.self_attn.k_norm.weight"] = (kv_rows if full else c.head_dim,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (d,)
+        if c.moe is not None and c.is_moe_layer(i):
+            block = f"{layer}.block_sparse_moe"
+            shapes[f"{block}.gate.weight"] = (c.moe.num_experts, d)
+            if c.moe.router_bias:
+                shapes[f"{block}.gate.bias"] = (c.moe.num_experts,)
+            if c.moe.gate_norm_learned:
+                shapes[f"{block}.gate.scale"] = ()
+            for e in range(c.moe.num_experts):
+                shapes[f"{block}.experts.{e}.w1.weight"] = (c.moe.expert_size, d)
+                shapes[f"{block}.experts.{e}.w3.weight"] = (c.moe.expert_size, d)
+                shapes[f"{block}.experts.{e}.w2.weight"] = (d, c.moe.expert_size)
+        else:
+            shapes[f"{layer}.mlp.gate_proj.weight"] = (c.ffn_size, d)
+            shapes[f"{layer}.mlp.up_proj.weight"] = (c.ffn_size, d)
+            shapes[f"{layer}.mlp.down_proj.weight"] = (d, c.ffn_size)
+    shapes["model.norm.weight"] = (d,)
+    if not c.tie_embeddings:
+        shapes[HEAD] = (c.vocab_size, d)
+    return shapes
+
+
+def fuse(config: ModelConfig, tensor: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (in-memory name, weight) for the whole model, one weight at a time.
+
+    `tensor` gives the weight of a canonical name. Rows of q, k and v are regrouped by KV group: a group's
+    query heads, its key head, its value head. Fused weights are new tensors, the others what `tensor` returned.
+    """
+    c = config
+    yield "embed.weight", tensor(EMBED)
+    for i in range(c.num_layers):
+        source, attention, ffn = f"model.layers.{i}", f"layers.{i}.attention", f"layers.{i}.ffn"
+        yield f"{attention}.norm.weight", tensor(f"{source}.input_layernorm.weight")
+        for kind in ("weight", "bias") if c.qkv_bias else ("weight",):
+            parts = (tensor(f"{source}.self_attn.{part}_proj.{kind}") for part in "qkv")
+            grouped = [part.unflatten(0, (c.num_kv_heads, -1)) for part in parts]
+            yield f"{attention}.qkv.{kind}", torch.cat(grouped, dim=1).flatten(0, 1)
+        if c.qk_norm != "none":
+            yield f"{attention}.q_norm.weight", tensor(f"{source}.self_attn.q_norm.weight")
+            yield f"{attention}.k_norm.weight", tensor(f"{source}.self_attn.k_norm.weight")
+        yield f"{attention}.o.weight", tensor(f"{source}.self_attn.o_proj.weight")
+        if c.output_bias:
+            yield f"{attention}.o.bias", tensor(f"{source}.self_attn.o_proj.bias")
+        yield f"{ffn}.norm.weight", tensor(f"{source}.post_attention_layernorm.weight")
+        if c.moe is not None and c.is_moe_layer(i):
+            block = f"{source}.block_sparse_moe"
+            yield f"{ffn}.router.weight", tensor(f"{block}.gate.weight")
+            if c.moe.router_bias:
+                yield f"{ffn}.router.bias", tensor(f"{block}.gate.bias")
+            if c.moe.gate_norm_learned:
+                yield f"{ffn}.router.scale", tensor(f"{block}.gate.scale")
+            yield f"{ffn}.experts.w13", _stack_experts(c.moe.num_experts, block, ("w1", "w3"), tensor)
+            yield f"{ffn}.experts.w2", _stack_experts(c.moe.num_experts, block, ("w2",), tensor)
+        else:
+            gate, up = (tensor(f"{source}.mlp.{part}_proj.weight") for part in ("gate", "up"))
+            yield f"{ffn}.w13.weight", torch.cat((gate, up))
+            yield f"{ffn}.w2.weight", tensor(f"{source}.mlp.down_proj.weight")
+    yield "head.norm.weight", tensor("model.norm.weight")
+    if not c.tie_embeddings:
+        yield "head.weight", tensor(HEAD)
+
+
+def _stack_experts(count: int, block: str, parts: tuple[str, ...], tensor: Callable[[str], Tensor]) -> Tensor:
+    """[E, rows of all parts, columns], filled one expert at a time."""
+    stacked: Tensor | None = None
+    for e in range(count):
+        expert = [tensor(f"{block}.experts.{e}.{part}.weight") for part in parts]
+        if stacked is None:
+            stacked = expert[0].new_empty(count, sum(len(part) for part in expert), expert[0].shape[1])
+        torch.cat(expert, out=stacked[e])
+    assert stacked is not None
+    return stacked
+
+
+def unfuse(config: ModelConfig, tensor: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (canonical name, weight): the inverse of `fuse`; `tensor` gives the weight of an in-memory name.
+
+    Weights are views of what `tensor` returned, except q, k and v, which are copied into contiguous rows.
+    """
+    c = config
+    yield EMBED, tensor("embed.weight")
+    heads = [c.heads_per_group * c.head_dim, c.head_dim, c.head_dim]
+    for i in range(c.num_layers):
+        target, attention, ffn = f"model.layers.{i}", f"layers.{i}.attention", f"layers.{i}.ffn"
+        yield f"{target}.input_layernorm.weight", tensor(f"{attention}.norm.weight")
+        for kind in ("weight", "bias") if c.qkv_bias else ("weight",):
+            grouped = tensor(f"{attention}.qkv.{kind}").unflatten(0, (c.num_kv_heads, -1))
+            for part, rows in zip("qkv", grouped.split(heads, dim=1), strict=True):
+                yield f"{target}.self_attn.{part}_proj.{kind}", rows.flatten(0, 1)
+        yield f"{target}.self_attn.o_proj.weight", tensor(f"{attention}.o.weight")
+        if c.output_bias:
+            yield f"{target}.self_attn.o_proj.bias", tensor(f"{attention}.o.bias")
+        if c.qk_norm != "none":
+            yield f"{target}.self_attn.q_norm.weight", tensor(f"{attention}.q_norm.weight")
+            yield f"{target}.self_attn.k_norm.weight", tensor(f"{attention}.k_norm.weight")
+        yield f"{target}.post_attention_layernorm.weight", tensor(f"{ffn}.norm.weight")
+        if c.moe is not None and c.is_moe_layer(i):
+            block = f"{target}.block_sparse_moe"
+            yield f"{block}.gate.weight", tensor(f"{ffn}.router.weight")
+            if c.moe.router_bias:
+                yield f"{block}.gate.bias", tensor(f"{ffn}.router.bias")
+            if c.moe.gate_norm_learned:
+                yield f"{block}.gate.scale", tensor(f"{ffn}.router.scale")
+            w13, w2 = tensor(f"{ffn}.experts.w13"), tensor(f"{ffn}.experts.w2")
+            for e in range(c.moe.num_experts):
+                gate, up = w13[e].chunk(2)
+                yield f"{block}.experts.{e}.w1.weight", gate
+                yield f"{block}.experts.{e}.w3.weight", up
+                yield f"{block}.experts.{e}.w2.weight", w2[e]
+        else:
+            gate, up = tensor(f"{ffn}.w13.weight").chunk(2)
+            yield f"{target}.mlp.gate_proj.weight", gate
+            yield f"{target}.mlp.up_proj.weight", up
+            yield f"{target}.mlp.down_proj.weight", tensor(f"{ffn}.w2.weight")
+    yield "model.norm.weight", tensor("head.norm.weight")
+    if not c.tie_embeddings:
+        yield HEAD, tensor("head.weight")

@@ -1,0 +1,120 @@
+"""`Checkpoint`: an opened model on disk under canonical names, whatever its format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeforge.checkpoint.families import canonical_name
+from moeforge.checkpoint.names import canonical_shapes
+from moeforge.checkpoint.source import Shape, WeightSource
+from moeforge.config.model import ModelConfig
+from moeforge.errors import UserError
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+
+
+class Checkpoint:
+    """A model on disk: its configuration, its weights read one at a time, its tokenizer.
+
+    `path` is the directory or the GGUF file. Raises UserError unless the weights are exactly those that the
+    configuration asks for.
+    """
+
+    def __init__(self, path: Path, config: ModelConfig, source: WeightSource) -> None:
+        self.path = path
+        self.config = config
+        self._source = source
+        self._on_disk = {canonical: disk for disk in source.names if (canonical := canonical_name(disk))}
+        if config.tie_embeddings:
+            self._on_disk.pop("lm_head.weight", None)
+        self._check()
+        self.names = tuple(canonical_shapes(config))
+
+    def _check(self) -> None:
+        expected = canonical_shapes(self.config)
+        for what, names in (
+            ("missing", [name for name in expected if name not in self._on_disk]),
+            ("not part of this model", [name for name in self._on_disk if name not in expected]),
+        ):
+            if names:
+                shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                hint = (
+                    "; half-downloaded, or config.json belongs to other weights" if what == "missing" else ""
+                )
+                raise UserError(f"{self.path}: {len(names)} tensors {what}: {shown}{hint}")
+        for name, shape in expected.items():
+            if self.shape(name) != shape:
+                raise UserError(
+                    f"{self.path}: {name} has shape {self.shape(name)}; config.json asks for {shape}"
+                )
+
+    def shape(self, name: str) -> Shape:
+        """Shape of a canonical name, without reading it."""
+        return self._source.shape(self._on_disk[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype in which `tensor` gives a canonical name."""
+        return self._source.dtype(self._on_disk[name])
+
+    def tensor(self, name: str) -> Tensor:
+        """The weight as stored (GGUF: dequantised to float32), on the CPU; a memory map: do not write to it."""
+        return self._source.tensor(self._on_disk[name])
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """The tokenizer's own files; empty where it is inside the GGUF file."""
+        if self.path.is_file():
+            return []
+        return [self.path / name for name in _TOKENIZER_FILES if (self.path / name).is_file()]
+
+    def tokenizer(self) -> Any:
+        """The tokenizer, as transformers loads it.
+
+        Raises UserError if there is none, or if it has more tokens than the embedding has rows.
+        """
+        from transformers import AutoTokenizer, LlamaTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        try:
+            if self.path.is_file():
+                tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+            elif self._tokenizer_class() == "SkyworkTokenizer":
+                # Skywork's class is remote code around Llama's SentencePiece tokenizer (formats.md 1).
+                tokenizer = LlamaTokenizer.from_pretrained(self.path)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(self.path)
+        except Exception as error:  # transformers raises whatever its parsers raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"{self.path}: no tokenizer can be loaded from it ({reason})") from error
+        check_tokenizer(len(tokenizer), self)
+        return tokenizer
+
+    def _tokenizer_class(self) -> str | None:
+        file = self.path / "tokenizer_config.json"
+        return json.loads(file.read_text()).get("tokenizer_class") if file.is_file() else None
+
+    def copy_tokenizer(self, directory: Path) -> None:
+        """Give a model directory this tokenizer: its files as they are, or those made from GGUF metadata."""
+        if self.path.is_file():
+            self.tokenizer().save_pretrained(directory, save_jinja_files=False)
+        for file in self.tokenizer_files:
+            shutil.copyfile(file, Path(directory) / file.name)
+
+
+def check_tokenizer(tokens: int, checkpoint: Checkpoint) -> None:
+    """Raise UserError if a tokenizer of so many tokens asks for rows that the embedding does not have."""
+    if tokens > checkpoint.config.vocab_size:
+        raise UserError(
+            f"{checkpoint.path}: the tokenizer has {tokens} tokens but the embedding only "
+            f"{checkpoint.config.vocab_size} rows (vocab_size); use the tokenizer that belongs to these weights"
+        )

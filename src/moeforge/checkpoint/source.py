@@ -1,0 +1,46 @@
+"""What every kind of weight file offers, whatever its format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moeforge.errors import UserError
+
+Shape = tuple[int, ...]
+
+
+class WeightSource(Protocol):
+    """Named tensors on disk, read one at a time. Names are those of the file."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor's name."""
+        ...
+
+    def shape(self, name: str) -> Shape:
+        """Its shape, without reading it."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which `tensor` gives it."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor on the CPU, memory-mapped where the format allows it."""
+        ...
+
+
+def incomplete(path: Path, reason: str) -> UserError:
+    """The error for a weight file that is missing or cut short: one line naming the file."""
+    return UserError(f"{path}: {reason}: the checkpoint is half-downloaded or damaged; download it again")
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise UserError naming the tensor if it holds NaN or infinity."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        kind = "NaN" if tensor.isnan().any() else "infinite"
+        raise UserError(f"{name}: the checkpoint holds {kind} weights; only finite weights can be used")

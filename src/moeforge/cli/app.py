@@ -5,10 +5,11 @@ How to add a verb: put one row into VERBS and write `moeforge/cli/<verb>.py` wit
 - `command`: a function with typer annotations, for a verb that does one thing (`moeforge inspect MODEL`); or
 - `commands`: a mapping name -> such function, for a verb with sub-verbs (`moeforge plan train ...`).
 
-The function's docstring is its help. It takes `json: Json = False` (`moeforge.cli.output.Json`) and ends with
-`emit(result, json, human)`. It returns nothing. Its module imports only typer, the standard library, and the light rooms
-(errors, layout, config without pydantic) at its top; torch and all heavy rooms are imported inside the function,
-so that `--help` stays instant. Bad input raises `UserError`, a fault while running `RunError`.
+The function's docstring is its help. It takes `json: Json = False` (`moeforge.cli.output.Json`), ends with
+`emit(result, json, human)` and returns nothing. At its top its module imports only typer, the standard
+library and the light rooms (errors, layout, config without pydantic); torch and all heavy rooms are imported
+inside the function, so that `--help` stays instant. Bad input raises `UserError`, a fault while running
+`RunError`.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def _root(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line and return its exit code: 0 done, 1 a fault while running, 2 bad input, 130 interrupted."""
+    """Run one command line. Exit code: 0 done, 1 a fault while running, 2 bad input, 130 interrupted."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
         with output.reserve_stdout("--json" in arguments):

@@ -1,4 +1,4 @@
-"""What a verb prints: one JSON object with `--json`, otherwise something good to read; and failures as one line.
+"""What a verb prints: one JSON object with `--json`, otherwise something good to read. Failures are one line.
 
 Results go to stdout, everything else (progress, notes, warnings) to stderr.
 """
@@ -24,13 +24,17 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
 
-_FULL = {errno.ENOSPC: "no space left on device", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file too large"}
+_FULL = {
+    errno.ENOSPC: "no space left on device",
+    errno.EDQUOT: "disk quota exceeded",
+    errno.EFBIG: "file too large",
+}
 _results: IO[str] | None = None
 
 
 @contextlib.contextmanager
 def reserve_stdout(only_results: bool) -> Iterator[None]:
-    """With `only_results`, whatever prints to stdout (libraries do) lands on stderr, except what `emit` writes."""
+    """With `only_results`, what libraries print to stdout lands on stderr; only `emit` writes to stdout."""
     global _results
     if not only_results:
         yield
@@ -47,9 +51,9 @@ def reserve_stdout(only_results: bool) -> Iterator[None]:
 def emit(result: Mapping[str, Any], as_json: bool, human: Callable[[], Any] | str | None = None) -> None:
     """Print a verb's result.
 
-    With `as_json`: `result` as one JSON object (non-finite numbers become null; paths, dataclasses, numpy and torch
-    scalars are understood). Otherwise `human`: a string, or a function that returns a string or anything rich
-    prints (a Table, a Group); without it, the keys and values of `result` one below the other.
+    With `as_json`: `result` as one JSON object (non-finite numbers become null; paths, dataclasses, numpy and
+    torch values are understood). Otherwise `human`: a string, or a function that returns a string or anything
+    rich prints (a Table, a Group); without it, the keys and values of `result` one below the other.
     """
     stream = _results or sys.stdout
     if as_json:
@@ -94,13 +98,14 @@ def discard_stdout() -> None:
 
 
 def _disk_full(error: BaseException | None) -> str | None:
-    """The line for a write that found no room, however deep the error lies and whichever library raised it."""
+    """The line for a write that found no room, however deep it lies and whichever library raised it."""
     while error is not None:
+        name = getattr(error, "filename", None)
         for code, text in _FULL.items():
-            known = isinstance(error, OSError) and error.errno == code
-            if known or f"os error {code})" in str(error):  # safetensors tells it in words only
-                where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
-                return f"{text}{where}; nothing finished was lost: free some space and run the command again"
+            # safetensors tells the number in words only
+            if getattr(error, "errno", None) == code or f"(os error {code})" in str(error):
+                where = f" while writing {name}" if name else ""
+                return f"{text}{where}: make room and run the command again"
         error = error.__cause__ or error.__context__
     return None
 

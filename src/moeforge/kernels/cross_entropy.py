@@ -45,7 +45,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_x, grad_weight = ctx.saved_tensors
-        scale = grads[0].to(grad_x.dtype)
+        # A scalar tensor does not widen the product, and stays in its own precision: 1 / tokens is no bf16 number.
+        scale = grads[0]
         return grad_x * scale, None if grad_weight is None else grad_weight * scale, None, None
 
 

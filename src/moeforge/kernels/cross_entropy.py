@@ -56,4 +56,7 @@ def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, ign
     Scalar in float32 (float64 for float64 inputs). The gradients are computed in the forward pass, chunk by
     chunk (Liger kernel's scheme), so that the logits [T, V] never exist as a whole.
     """
+    if not torch.is_grad_enabled():
+        # Inside the function this cannot be told: there, inputs count as differentiable also under no_grad.
+        x_TD, weight_VD = x_TD.detach(), weight_VD.detach()
     return _LinearCrossEntropy.apply(x_TD, weight_VD, targets_T, ignore)

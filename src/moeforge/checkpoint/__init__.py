@@ -1,5 +1,6 @@
 """Checkpoints in and out: families, safetensors, torch archives and GGUF, all under canonical names."""
 
+from moeforge.checkpoint.load import load_model, save_model
 from moeforge.checkpoint.names import canonical_shapes, fuse, unfuse
 from moeforge.checkpoint.open import open_checkpoint
 from moeforge.checkpoint.opened import Checkpoint, check_tokenizer
@@ -13,7 +14,9 @@ __all__ = [
     "check_finite",
     "check_tokenizer",
     "fuse",
+    "load_model",
     "open_checkpoint",
     "require_disk_space",
+    "save_model",
     "unfuse",
 ]

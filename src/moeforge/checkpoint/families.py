@@ -1,7 +1,7 @@
 """What a family calls its weights on disk, to and from the canonical names.
 
-Llama, Mistral, Qwen2, Qwen3, Skywork-13B, Mixtral, Skywork-MoE and our own form use the canonical names as they
-are. To add a family: its config in config/hf.py, its renames here, its logits in tests/checkpoint/test_families.py.
+Llama, Mistral, Qwen2, Qwen3, Skywork-13B, Mixtral, Skywork-MoE and our own form use the canonical names as
+they are. To add a family: its config in config/hf.py, its renames here, its logits in test_families.py.
 """
 
 from __future__ import annotations

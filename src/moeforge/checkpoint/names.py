@@ -1,4 +1,4 @@
-"""The names of weights: canonical (unfused, as on disk) and in memory (fused q/k/v and gate/up, stacked experts).
+"""The names of weights: canonical (unfused, as on disk) and in memory (fused q/k/v, gate/up, experts).
 
 Legend: D hidden, F FFN width, E experts, H heads, G KV groups, V vocabulary, hd head dimension.
 """
@@ -62,7 +62,7 @@ def fuse(config: ModelConfig, tensor: Callable[[str], Tensor]) -> Iterator[tuple
     """Yield (in-memory name, weight) for the whole model, one weight at a time.
 
     `tensor` gives the weight of a canonical name. Rows of q, k and v are regrouped by KV group: a group's
-    query heads, its key head, its value head. Fused weights are new tensors, the others what `tensor` returned.
+    query heads, its key head, its value head. Fused weights are new tensors, others what `tensor` returned.
     """
     c = config
     yield "embed.weight", tensor(EMBED)

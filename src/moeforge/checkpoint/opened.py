@@ -18,7 +18,8 @@ from moeforge.errors import UserError
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "generation_config.json",
 )  # fmt: skip
 
 
@@ -66,7 +67,7 @@ class Checkpoint:
         return self._source.dtype(self._on_disk[name])
 
     def tensor(self, name: str) -> Tensor:
-        """The weight as stored (GGUF: dequantised to float32), on the CPU; a memory map: do not write to it."""
+        """The weight as stored (GGUF: dequantised to float32), on the CPU; a read-only memory map."""
         return self._source.tensor(self._on_disk[name])
 
     @property
@@ -116,5 +117,5 @@ def check_tokenizer(tokens: int, checkpoint: Checkpoint) -> None:
     if tokens > checkpoint.config.vocab_size:
         raise UserError(
             f"{checkpoint.path}: the tokenizer has {tokens} tokens but the embedding only "
-            f"{checkpoint.config.vocab_size} rows (vocab_size); use the tokenizer that belongs to these weights"
+            f"{checkpoint.config.vocab_size} rows (vocab_size); use the tokenizer of these weights"
         )

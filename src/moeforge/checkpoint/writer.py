@@ -37,8 +37,8 @@ class ShardWriter:
     """Streams a model into `directory`, which must not exist or be empty.
 
     Takes each canonical name of `config` exactly once, in any order, and holds no weight in memory. A writer
-    opened on the remains of a killed one with the same `config` and `job` (a description of what is being made;
-    other remains are thrown away) goes on: `done` are the names already safe on disk, not to be added again.
+    opened on the remains of a killed one with the same `config` and `job` (a description of what is being
+    made; other remains are thrown away) goes on: `done` are the names already safe, not to be added again.
     Raises UserError for a directory in use, RunError where the disk is full.
     """
 
@@ -48,7 +48,7 @@ class ShardWriter:
         self.directory = Path(directory)
         require_free_directory(self.directory)
         self.config = config
-        self.partial = self.directory.parent / f".{self.directory.name}.partial"
+        self.partial = partial_directory(self.directory)
         self._shapes = canonical_shapes(config)
         self._form = on_disk_form(config)
         self._shard_bytes = shard_bytes
@@ -192,6 +192,17 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
+def partial_directory(directory: Path) -> Path:
+    """Where a `ShardWriter` of this directory works until it finishes."""
+    return directory.parent / f".{directory.name}.partial"
+
+
+def interrupted_job(directory: Path) -> str | None:
+    """The `job` of a killed `ShardWriter` of this directory, None where there is none to go on with."""
+    entries = _read_journal(partial_directory(directory) / _JOURNAL)
+    return str(entries[0]["job"]) if entries else None
+
+
 def require_free_directory(directory: Path) -> None:
     """Raise UserError unless nothing is lost by writing there."""
     if directory.is_dir() and not any(directory.iterdir()):
@@ -201,13 +212,13 @@ def require_free_directory(directory: Path) -> None:
 
 
 def require_disk_space(directory: str | Path, needed_bytes: int) -> None:
-    """Raise RunError naming both figures if the disk of `directory` (which need not exist yet) has less space."""
+    """Raise RunError naming both figures if the disk of `directory` (which may not exist) has less space."""
     place = Path(directory).absolute()
     while not place.exists():
         place = place.parent
     available = shutil.disk_usage(place).free
     if available < needed_bytes:
         raise RunError(
-            f"{directory}: needs {needed_bytes / 1e9:.1f} GB of disk, {available / 1e9:.1f} GB are available; "
-            "nothing was written"
+            f"{directory}: needs {needed_bytes / 1e9:.1f} GB of disk, {available / 1e9:.1f} GB are "
+            "available; nothing was written"
         )

@@ -1,7 +1,7 @@
 """Between Hugging Face's config.json and `ModelConfig`. Plain dictionaries, no torch.
 
-Both spellings are read: `rope_theta` and `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5).
-An absent key means what the family's own configuration class takes for it. Whatever this package would compute
+Both spellings are read: `rope_theta`, `rope_scaling` (transformers 4) and `rope_parameters` (5). An
+absent key means what the family's own configuration class takes for it. Whatever this package would compute
 differently is refused by name, never ignored.
 """
 
@@ -17,7 +17,8 @@ from moeforge.errors import UserError
 HFConfig = dict[str, Any]
 
 FAMILIES = (
-    "llama", "mistral", "qwen2", "qwen3", "skywork", "skywork_moe", "mixtral", "qwen3_moe", "olmoe", "moeforge",
+    "llama", "mistral", "qwen2", "qwen3", "skywork", "skywork_moe", "mixtral", "qwen3_moe", "olmoe",
+    "moeforge",
 )  # fmt: skip
 
 _ARCHITECTURES = {
@@ -31,7 +32,9 @@ _LLAMA: HFConfig = {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddin
 _QWEN: HFConfig = {"max_position_embeddings": 32768, "sliding_window": 4096, "num_key_value_heads": 32}
 _DEFAULTS: dict[str, HFConfig] = {
     "llama": _LLAMA,
-    "mistral": {**_LLAMA, "max_position_embeddings": 131072, "sliding_window": 4096, "num_key_value_heads": 8},
+    "mistral": {
+        **_LLAMA, "max_position_embeddings": 131072, "sliding_window": 4096, "num_key_value_heads": 8,
+    },
     "mixtral": {
         **_LLAMA, "max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
         "rope_theta": 1e6, "num_experts_per_tok": 2, "num_local_experts": 8,
@@ -74,7 +77,7 @@ def model_config_from_hf(data: HFConfig, names: Iterable[str] | None = None) -> 
         hidden_size=hidden,
         num_layers=_size(hf, "num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=int(hf.get("num_key_value_heads") or heads),
+        num_kv_heads=hf.get("num_key_value_heads") or heads,
         head_dim=int(hf.get("head_dim") or hidden // heads),
         ffn_size=_size(hf, "intermediate_size"),
         norm_eps=float(hf["rms_norm_eps"]),
@@ -171,8 +174,8 @@ def _family(data: HFConfig) -> str:
     if model_type not in FAMILIES:
         architecture = (data.get("architectures") or [model_type or "none"])[0]
         raise UserError(
-            f"config.json: model_type = {model_type!r} (architecture {architecture}) is not supported; supported "
-            f"are {', '.join(FAMILIES)}"
+            f"config.json: model_type = {model_type!r} (architecture {architecture}) is not supported; "
+            f"supported are {', '.join(FAMILIES)}"
         )
     # Dense Skywork-13B and older Skywork-MoE revisions carry the same model_type and architecture.
     if model_type in ("skywork", "skywork_moe"):
@@ -218,8 +221,8 @@ def _refuse_unsupported(hf: HFConfig) -> None:
     if quantization := hf.get("quantization_config"):
         method = quantization.get("quant_method", "unknown")
         raise UserError(
-            f'config.json: quantization_config.quant_method = "{method}" is not supported here; only unquantised '
-            "checkpoints are"
+            f'config.json: quantization_config.quant_method = "{method}" is not supported here; only '
+            "unquantised checkpoints are"
         )
 
 
@@ -252,8 +255,8 @@ def _layer_frequency(hf: HFConfig) -> int:
     frequency = sparse[0] + 1
     if sparse != list(range(frequency - 1, layers, frequency)):
         raise UserError(
-            f"config.json: mlp_only_layers = {sorted(dense)} with decoder_sparse_step = {step} is not supported; "
-            "only experts in every n-th layer"
+            f"config.json: mlp_only_layers = {sorted(dense)} with decoder_sparse_step = {step} is not "
+            "supported; only experts in every n-th layer"
         )
     return frequency
 

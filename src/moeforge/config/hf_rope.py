@@ -18,7 +18,8 @@ def rope_from_hf(family: str, hf: HFConfig, positions: int) -> tuple[RopeConfig,
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(
-            f"config.json: partial_rotary_factor = {scaling['partial_rotary_factor']} is not supported; only 1.0"
+            f"config.json: partial_rotary_factor = {scaling['partial_rotary_factor']} is not supported; "
+            "only 1.0"
         )
     if family == "skywork" and positions == 131072 and not scaling:
         positions = 4096  # early revisions carry 131072, which no Skywork-13B was trained for (formats.md 1)

@@ -42,6 +42,8 @@ def expert_permutation(experts_TK: Tensor, num_experts: int, kept_TK: Tensor | N
         rows = (tokens * k + num_experts * (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
     if kept_TK is not None:
         rows += ALIGNMENT
+    if tokens == 0:
+        rows = 0  # no token 0 to fill padding with
     # Shift from the dense sorted position to the aligned one, by expert; dropped assignments come last in the order.
     shift = (ends - aligned) - (counts.cumsum(0) - counts)
     sorted_experts = experts_N[order_N]

@@ -1,0 +1,32 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moeforge.kernels import swiglu
+from moeforge.kernels.swiglu import swiglu_backward, swiglu_forward
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 3, 4), (0, 8), (3, 0)])
+def test_gradients_by_finite_differences(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    h = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    gate, up = h.chunk(2, -1)
+    torch.testing.assert_close(swiglu(h), F.silu(gate) * up)
+    assert torch.autograd.gradcheck(swiglu, (h,))
+
+
+def test_the_function_behind_it_is_the_same() -> None:
+    torch.manual_seed(0)
+    h = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(5, 4, dtype=torch.float64)
+    out = swiglu(h)
+    assert torch.equal(out, swiglu_forward(h.detach()))
+    assert torch.equal(torch.autograd.grad(out, h, grad)[0], swiglu_backward(h.detach(), grad))
+
+
+def test_saturated_gates_stay_finite() -> None:
+    h = torch.tensor([[-1e4, 1e4, 2.0, 3.0]], requires_grad=True)
+    out = swiglu(h)
+    out.sum().backward()
+    torch.testing.assert_close(out, torch.tensor([[0.0, 3e4]]))
+    torch.testing.assert_close(h.grad, torch.tensor([[0.0, 3.0, 0.0, 1e4]]))

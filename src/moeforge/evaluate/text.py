@@ -1,0 +1,83 @@
+"""Perplexity of one text, read through a sliding window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from moeforge.data import Batch
+from moeforge.errors import UserError
+from moeforge.evaluate.loss import EvalResult, held_out_loss
+from moeforge.model import Transformer
+
+_BATCH_TOKENS = 8192
+_IGNORE = -100
+
+
+def sliding_windows(tokens: list[int], window: int, stride: int) -> Iterator[Batch]:
+    """Windows of `window` tokens, `stride` apart, in batches; each token but the first is a target exactly once.
+
+    So a target sees at least `window - stride` tokens before it, where the text has them. The last window may be
+    padded (document -1). Raises UserError unless 1 <= stride <= window.
+    """
+    if not 1 <= stride <= window:
+        raise UserError(f"stride = {stride}: must be between 1 and the window ({window})")
+    sequence = torch.tensor(tokens)
+    windows: list[Batch] = []
+    done = 1  # tokens before this one are predicted already
+    for begin in range(0, len(tokens) - 1, stride):
+        end = min(begin + window, len(tokens) - 1)
+        if end < done:
+            break
+        windows.append(_window(sequence, begin, end, done, window))
+        done = end + 1
+        if len(windows) * window >= _BATCH_TOKENS:
+            yield _stack(windows)
+            windows = []
+    if windows:
+        yield _stack(windows)
+
+
+def _window(sequence: torch.Tensor, begin: int, end: int, done: int, window: int) -> Batch:
+    """Inputs begin..end-1, targets done..end, one row."""
+    length = end - begin
+    tokens = torch.zeros(window, dtype=torch.int64)
+    tokens[:length] = sequence[begin:end]
+    targets = torch.full((window,), _IGNORE)
+    targets[done - 1 - begin : length] = sequence[done : end + 1]
+    documents = torch.full((window,), -1, dtype=torch.int32)
+    documents[:length] = 0
+    return Batch(tokens, targets, torch.arange(window), documents)
+
+
+def _stack(rows: list[Batch]) -> Batch:
+    return Batch(
+        *(torch.stack([getattr(row, name) for row in rows]) for name in Batch.__dataclass_fields__)
+    )
+
+
+def evaluate_text(
+    model: Transformer,
+    tokenizer: Any,
+    text: str,
+    window: int = 1024,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+) -> EvalResult:
+    """Loss and perplexity of the text's first `max_tokens` tokens (None: all) through windows `stride` apart.
+
+    `tokenizer` is transformers'; it adds its own beginning-of-text token. `stride` defaults to half a window.
+    Raises UserError for a window beyond the model's positions or a text of fewer than two tokens.
+    """
+    positions = model.config.max_positions
+    if not 1 <= window <= positions:
+        raise UserError(f"sequence_length = {window}: must be between 1 and the model's positions ({positions})")
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"max_tokens = {max_tokens}: must be at least 1")
+    tokens = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
+    # n targets need n + 1 tokens.
+    tokens = tokens if max_tokens is None else tokens[: max_tokens + 1]
+    stride = max(1, window // 2) if stride is None else stride
+    return held_out_loss(model, sliding_windows(tokens, window, stride))

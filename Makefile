@@ -49,9 +49,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	    "interpreter from 3.11 on: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is" \
 	    "`$(PYTHON) --version`: moeforge needs 3.11 or later; name another: make PYTHON=python3.11 ..." >&2; exit 1; }
-	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module: install the" \
-	    "package `$(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'`" \
-	    "(Debian, Ubuntu: sudo apt install python3.11-venv)" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module: install it (Debian," \
+	    "Ubuntu: sudo apt install `$(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'`;" \
+	    "others: https://www.python.org/downloads)" >&2; exit 1; }
 	@echo "Installing into $(VENV) (a minute or more) ..."
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) install setuptools -c constraints.txt

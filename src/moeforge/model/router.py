@@ -71,8 +71,8 @@ def auxiliary_loss(
     num_experts = probability_nE.shape[1]
     if kind == "skywork":
         return (probability_nE - 1.0 / num_experts).square().sum(1)
-    share = load_nE / assignments_n.clamp_min(1).unsqueeze(1)
-    return num_experts * (share.to(probability_nE.dtype) * probability_nE).sum(1)
+    share = load_nE.to(probability_nE.dtype) / assignments_n.clamp_min(1).unsqueeze(1)
+    return num_experts * (share * probability_nE).sum(1)
 
 
 class Router(nn.Module):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import tomli_w
+
 from moeforge.config.schema import TrainConfig
 
 
@@ -107,3 +109,10 @@ def _bounds(field: dict[str, Any]) -> str:
     high = {"maximum": "at most {}", "exclusiveMaximum": "less than {}"}
     parts = [text.format(field[bound]) for bound, text in {**low, **high}.items() if bound in field]
     return " and ".join(parts)
+
+
+def toml_value(value: Any) -> str:
+    """A default as it is written in TOML, on one line."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml_value, value))}]"
+    return tomli_w.dumps({"value": value}).partition("=")[2].strip()

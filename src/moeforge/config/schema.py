@@ -123,7 +123,7 @@ class RouterSection(Section):
     aux_loss: Literal["skywork", "switch", "sequence", "global", "none"] = Field(
         default="skywork",
         description="Balance loss: skywork = sum over experts of (1/E - mean gate)^2 in each routing "
-        "group; switch = E * sum(load * mean gate) in each group; sequence = switch over each sequence; "
+        "group; switch = E*sum(load*mean gate) in each group; sequence = switch over each sequence; "
         "global = switch with the load of the whole batch (running over micro-batches); at equal alpha the "
         "gradient of skywork is E/2 times smaller than that of switch.",
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moeforge.checkpoint.safetensors_source import weight_files
-from moeforge.checkpoint.source import Shape, incomplete
+from moeforge.checkpoint.source import Shape, first_line, incomplete
 from moeforge.errors import UserError
 
 
@@ -47,14 +48,15 @@ def _load(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with warnings.catch_warnings(action="ignore"):  # about old pickles: either they can be read or not
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path}: not a weights-only checkpoint (it pickles other Python objects, or is no checkpoint): "
             "refused, since reading it would run its code; convert it to safetensors where it comes from"
         ) from None
     except (RuntimeError, EOFError, OSError) as error:
-        raise incomplete(path, f"cannot be read as a torch archive ({str(error).splitlines()[0]})") from None
+        raise incomplete(path, f"cannot be read as a torch archive ({first_line(error)})") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: must hold a mapping from names to tensors, and nothing else")
     return state

@@ -16,7 +16,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from moeforge.checkpoint.names import EMBED, HEAD
-from moeforge.checkpoint.source import Shape, incomplete
+from moeforge.checkpoint.source import Shape, first_line, incomplete
 from moeforge.config.hf import model_config_from_hf
 from moeforge.config.model import ModelConfig
 from moeforge.errors import UserError
@@ -42,7 +42,7 @@ class GGUFSource:
         try:
             self._reader = GGUFReader(path)
         except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
-            raise incomplete(path, f"cannot be read as GGUF ({str(error).splitlines()[0]})") from None
+            raise incomplete(path, f"cannot be read as GGUF ({first_line(error)})") from None
         self._stored = {tensor.name: tensor for tensor in self._reader.tensors}
         self._architecture = str(self._metadata("general.architecture"))
         if self._architecture not in _FAMILIES:

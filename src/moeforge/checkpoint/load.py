@@ -13,6 +13,7 @@ from moeforge.checkpoint.open import open_checkpoint
 from moeforge.checkpoint.opened import Checkpoint
 from moeforge.checkpoint.source import check_finite
 from moeforge.checkpoint.writer import ShardWriter, require_disk_space, require_free_directory
+from moeforge.layout import Layout
 from moeforge.model import Transformer
 
 
@@ -20,11 +21,13 @@ def load_model(
     checkpoint: Checkpoint | str | Path,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    layout: Layout | None = None,
 ) -> Transformer:
     """The whole model in memory, its weights in `dtype` (None: as stored) on `device`.
 
     Weights are read, converted and moved one at a time, and are the model's own, never views of the file.
-    Raises UserError for what `open_checkpoint` refuses and for weights that are NaN or infinite.
+    `layout` (of one process) says which units are recomputed in training. Raises UserError for what
+    `open_checkpoint` refuses and for weights that are NaN or infinite.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
@@ -36,7 +39,7 @@ def load_model(
         return stored.to(dtype or stored.dtype)
 
     with torch.device("meta"):
-        model = Transformer(opened.config)
+        model = Transformer(opened.config, layout)
     with torch.no_grad():
         state = {name: weight.to(device, copy=True) for name, weight in fuse(opened.config, read)}
     model.load_state_dict(state, assign=True)

@@ -14,7 +14,7 @@ from moeforge.checkpoint.bin_source import BinSource
 from moeforge.checkpoint.names import EMBED, HEAD
 from moeforge.checkpoint.opened import Checkpoint
 from moeforge.checkpoint.safetensors_source import SafetensorsSource
-from moeforge.checkpoint.source import WeightSource, incomplete
+from moeforge.checkpoint.source import WeightSource, first_line, incomplete
 from moeforge.config.hf import model_config_from_hf
 from moeforge.config.model import ModelConfig
 from moeforge.errors import UserError
@@ -110,9 +110,8 @@ def _download(hub_id: str) -> Path:
         )
         return Path(snapshot_download(hub_id, allow_patterns=[*_HUB_METADATA, weights]))
     except (RepositoryNotFoundError, HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model = {hub_id!r}: no such directory here, and the hub answers: {reason}"
+            f"model = {hub_id!r}: no such directory here, and the hub answers: {first_line(error)}"
         ) from None
     except (LocalEntryNotFoundError, OSError) as error:
         return _from_cache(hub_id, type(error).__name__)

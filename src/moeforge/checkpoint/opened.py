@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moeforge.checkpoint.families import canonical_name
 from moeforge.checkpoint.names import canonical_shapes
-from moeforge.checkpoint.source import Shape, WeightSource
+from moeforge.checkpoint.source import Shape, WeightSource, first_line
 from moeforge.config.model import ModelConfig
 from moeforge.errors import UserError
 
@@ -95,8 +95,9 @@ class Checkpoint:
             else:
                 tokenizer = AutoTokenizer.from_pretrained(self.path)
         except Exception as error:  # transformers raises whatever its parsers raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{self.path}: no tokenizer can be loaded from it ({reason})") from error
+            raise UserError(
+                f"{self.path}: no tokenizer can be loaded from it ({first_line(error)})"
+            ) from error
         check_tokenizer(len(tokenizer), self)
         return tokenizer
 

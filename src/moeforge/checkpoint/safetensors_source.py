@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moeforge.checkpoint.source import Shape, incomplete
+from moeforge.checkpoint.source import Shape, first_line, incomplete
 from moeforge.errors import UserError
 
 _DTYPES = {
@@ -29,7 +29,7 @@ class SafetensorsSource:
             try:
                 handle = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
-                raise incomplete(path, f"cannot be read as safetensors ({error})") from None
+                raise incomplete(path, f"cannot be read as safetensors ({first_line(error)})") from None
             found = handle.keys()
             if expected is not None and (lost := sorted(expected - set(found))):
                 raise incomplete(path, f"lacks {lost[0]}, which the index places there")

@@ -39,6 +39,11 @@ def incomplete(path: Path, reason: str) -> UserError:
     return UserError(f"{path}: {reason}: the checkpoint is half-downloaded or damaged; download it again")
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise UserError naming the tensor if it holds NaN or infinity."""
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():

@@ -81,7 +81,7 @@ class ShardWriter:
                 self._file = (self.partial / "shard.tmp").open("wb")
                 self._file.seek(self._header_bytes())
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            self._file.write(memoryview(data.numpy()))
+            self._file.write(data.numpy().data)
         self._header[disk_name(name, self._form)] = {
             "dtype": _TAGS[tensor.dtype],
             "shape": list(tensor.shape),

@@ -1,0 +1,105 @@
+"""A checkpoint holds exactly its model's weights, and carries its tokenizer along."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from moeforge.checkpoint import check_tokenizer, open_checkpoint, save_model
+from moeforge.checkpoint.load import load_model
+from moeforge.errors import UserError
+
+
+def _change(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> str:
+    """Change the weights and return what opening them then says."""
+    file = directory / "model.safetensors"
+    state = load_file(file)
+    change(state)
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(UserError) as caught:
+        open_checkpoint(directory)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_missing_weights_are_counted_and_named(saved: Path) -> None:
+    message = _change(saved, lambda state: [state.pop(name) for name in list(state) if "layers.2." in name])
+    assert "9 tensors missing: model.layers.2." in message
+    assert "and 6 more" in message
+
+
+def test_weights_that_do_not_belong_are_named(saved: Path) -> None:
+    message = _change(
+        saved, lambda state: state.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})
+    )
+    assert "1 tensors not part of this model: model.layers.0.self_attn.q_proj.bias" in message
+
+
+def test_a_shape_that_config_json_does_not_ask_for(saved: Path) -> None:
+    message = _change(saved, lambda state: state.update({"model.norm.weight": torch.ones(31)}))
+    assert "model.norm.weight has shape (31,); config.json asks for (32,)" in message
+
+
+def _write_tokenizer(directory: Path, tokens: int) -> None:
+    vocabulary = {f"w{i}": i for i in range(tokens - 1)} | {"<unk>": tokens - 1}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    fast.save_pretrained(directory)
+
+
+def test_the_tokenizer_travels_with_the_model(saved: Path, tmp_path: Path) -> None:
+    _write_tokenizer(saved, 60)
+    source = open_checkpoint(saved)
+    save_model(load_model(source), tmp_path / "out", tokenizer_from=source)
+    copy = open_checkpoint(tmp_path / "out")
+    assert {"tokenizer.json", "tokenizer_config.json"} <= {file.name for file in copy.tokenizer_files}
+    assert copy.tokenizer()("w3 w59 w5").input_ids == source.tokenizer()("w3 w59 w5").input_ids == [3, 59, 5]
+    assert copy.tokenizer().chat_template == source.tokenizer().chat_template
+
+
+def test_a_tokenizer_larger_than_the_embedding(saved: Path) -> None:
+    _write_tokenizer(saved, 68)
+    checkpoint = open_checkpoint(saved)
+    with pytest.raises(UserError, match="68 tokens but the embedding only 67 rows"):
+        checkpoint.tokenizer()
+    check_tokenizer(67, checkpoint)
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"version": 3}'])
+def test_no_tokenizer(saved: Path, text: str | None) -> None:
+    if text is not None:
+        (saved / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match="no tokenizer can be loaded") as caught:
+        open_checkpoint(saved).tokenizer()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_skywork_tokenizer_is_read_without_remote_code(saved: Path) -> None:
+    from transformers.utils import sentencepiece_model_pb2_new as pb2
+
+    model = pb2.ModelProto()
+    model.trainer_spec.model_type = 2  # BPE
+    model.trainer_spec.unk_id, model.trainer_spec.bos_id, model.trainer_spec.eos_id = 0, 1, 2
+    for piece, kind in (("<unk>", 2), ("<s>", 3), ("</s>", 3)):
+        model.pieces.add(piece=piece, score=0.0, type=kind)
+    for i, piece in enumerate(["\u2581a", "\u2581", "a", "b", "c"]):
+        model.pieces.add(piece=piece, score=float(-i), type=1)
+    (saved / "tokenizer.model").write_bytes(model.SerializeToString())
+    settings = {
+        "tokenizer_class": "SkyworkTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_skywork.SkyworkTokenizer", None]},
+        "add_bos_token": True, "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+    }  # fmt: skip
+    (saved / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = open_checkpoint(saved).tokenizer()
+    assert tokenizer("a b").input_ids == [1, 3, 4, 6]

@@ -104,6 +104,11 @@ def test_verb_with_sub_verbs(verb: Any, capsys: pytest.CaptureFixture[str]) -> N
             "no space left on device while writing out/x.safetensors: make room and run the command again",
         ),
         (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+            1,
+            "no space left on device: make room and run the command again",
+        ),
+        (
             ValueError("I/O error: No space left on device (os error 28)"),
             1,
             "no space left on device: make room and run the command again",

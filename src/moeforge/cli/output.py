@@ -100,10 +100,11 @@ def discard_stdout() -> None:
 def _disk_full(error: BaseException | None) -> str | None:
     """The line for a write that found no room, however deep it lies and whichever library raised it."""
     while error is not None:
-        name = getattr(error, "filename", None)
+        words, name = str(error), getattr(error, "filename", None)
         for code, text in _FULL.items():
-            # safetensors tells the number in words only
-            if getattr(error, "errno", None) == code or f"(os error {code})" in str(error):
+            # safetensors tells the number in words only; torch.save only that it got less far than it meant to
+            torch_short = code == errno.ENOSPC and "inline_container" in words and "unexpected pos" in words
+            if getattr(error, "errno", None) == code or f"(os error {code})" in words or torch_short:
                 where = f" while writing {name}" if name else ""
                 return f"{text}{where}: make room and run the command again"
         error = error.__cause__ or error.__context__

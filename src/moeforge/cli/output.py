@@ -102,7 +102,7 @@ def _disk_full(error: BaseException | None) -> str | None:
     while error is not None:
         words, name = str(error), getattr(error, "filename", None)
         for code, text in _FULL.items():
-            # safetensors tells the number in words only; torch.save only that it got less far than it meant to
+            # safetensors tells the number in words only; torch.save only that it got less far than meant
             torch_short = code == errno.ENOSPC and "inline_container" in words and "unexpected pos" in words
             if getattr(error, "errno", None) == code or f"(os error {code})" in words or torch_short:
                 where = f" while writing {name}" if name else ""

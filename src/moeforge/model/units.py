@@ -60,9 +60,9 @@ class Attention(nn.Module):
         config = self.config
         h, per_group, groups = config.head_dim, config.heads_per_group, self.groups
         u_TD = context.shard.enter(rms_norm(x_TD, self.norm.weight, config.norm_eps))
-        qkv = self.qkv(u_TD).view(-1, groups, per_group + 2, h)
-        q, k, v = qkv.split((per_group, 1, 1), dim=2)
-        q, k, v = (y.reshape(y.shape[0], -1, h) for y in (q, k, v))
+        tokens = u_TD.shape[0]  # no -1 below: it is undefined where a rank has no groups
+        qkv = self.qkv(u_TD).view(tokens, groups, per_group + 2, h)
+        q, k, v = (y.flatten(1, 2) for y in qkv.split((per_group, 1, 1), dim=2))
         if config.qk_norm == "full":
             q = rms_norm(q.flatten(1), self.q_norm.weight, config.norm_eps).view_as(q)
             k = rms_norm(k.flatten(1), self.k_norm.weight, config.norm_eps).view_as(k)

@@ -72,7 +72,9 @@ class Attention(nn.Module):
         out = context.attention.attend(
             self.layer, rotate(q, *rotary), rotate(k, *rotary), v, config.window(self.layer)
         )
-        return x_TD + context.shard.leave(self.o(out.flatten(1)))
+        y_TD = x_TD + context.shard.leave(F.linear(out.flatten(1), self.o.weight))
+        # The bias is whole on every rank, so it comes after the ranks are summed.
+        return y_TD if self.o.bias is None else y_TD + self.o.bias
 
 
 class FeedForward(nn.Module):

@@ -1,4 +1,4 @@
-"""The most anonymous memory a stretch of work held: what counts against a machine's memory, unlike mapped files."""
+"""The peak of anonymous memory over a stretch of work: what a machine must have, unlike mapped files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def anonymous_bytes() -> int | None:
 
 
 class PeakAnonymous:
-    """Context manager that samples RssAnon in a thread; `peak_bytes` is None where the system does not tell."""
+    """Context manager: samples RssAnon in a thread. `peak_bytes` is None where the system does not tell."""
 
     def __init__(self, interval_seconds: float = 0.005) -> None:
         self.peak_bytes = anonymous_bytes()

@@ -101,10 +101,12 @@ def _bytes(units: tuple[UnitMemory, ...]) -> dict[str, int]:
 def _human(result: dict[str, Any], units: tuple[UnitMemory, ...]) -> Group:
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     recomputed = set(result["stages"][0]["recompute_units"])
     table = Table(box=None, pad_edge=False)
-    for name in ("units", "number", "recomputed", "M params", "weights", "gradients", "optimizer", "total"):
+    figures = ("count", "recomputed", "M params", "weights", "gradients", "optimizer", "total")
+    for name in ("units", *figures):
         table.add_column(name, justify="left" if name == "units" else "right")
     for kind in dict.fromkeys(unit.kind for unit in units):
         own = tuple(unit for unit in units if unit.kind == kind)
@@ -116,11 +118,11 @@ def _human(result: dict[str, Any], units: tuple[UnitMemory, ...]) -> Group:
     each = result["bytes_per_parameter"]
     facts = (
         f"{result['model']}: {result['params_total']:,} parameters ({result['params_active']:,} active)\n"
-        f"{result['precision']}: {each['weights']} + {each['gradients']} + {each['optimizer']} bytes a parameter "
-        "(weights + gradients + optimizer)\none process, sizes in GiB, activations not counted"
+        f"{result['precision']}: {each['weights']} + {each['gradients']} + {each['optimizer']} bytes "
+        "a parameter (weights + gradients + optimizer)\none process, sizes in GiB, activations not counted"
     )
     written = f"\nlayout in {result['out']}, for moeforge train --plan" if result["out"] else ""
-    return Group(facts, "", table, written)
+    return Group(Text(facts), "", table, Text(written))
 
 
 def _sizes(figures: dict[str, int]) -> list[str]:

@@ -156,8 +156,9 @@ def _unknown(dotted: str) -> NoReturn:
     section, _, leaf = generic.rpartition(".")
     names = list(keys())
     sections = [table.name for table in tables()]
-    same = [name for name in names if name.rpartition(".")[2] == leaf]
-    here = {name.rpartition(".")[2]: name for name in names if keys()[name].section == section}
+    leaves = {name: name.rpartition(".")[2] for name in names}
+    same = [name for name in names if leaves[name] == leaf]
+    here = {leaves[name]: name for name in names if keys()[name].section == section}
     close_section = difflib.get_close_matches(generic, sections, 1)
     close_here = difflib.get_close_matches(leaf, here, 1, cutoff=0.5)
     if not section and close_section:
@@ -166,8 +167,8 @@ def _unknown(dotted: str) -> NoReturn:
         nearest = " or ".join(same)
     elif close_here:
         nearest = here[close_here[0]]
-    elif close := difflib.get_close_matches(generic, names, 1):
-        nearest = close[0]
+    elif close := difflib.get_close_matches(leaf, leaves.values(), 1):
+        nearest = " or ".join(name for name in names if leaves[name] == close[0])
     elif here:
         raise UserError(f"{dotted}: unknown key; [{section}] has {', '.join(here)}")
     else:

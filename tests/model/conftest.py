@@ -36,7 +36,7 @@ def make_config(moe: dict[str, Any] | None = None, **changes: Any) -> ModelConfi
 def make_model(
     config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0, **slice_: Any
 ) -> Transformer:
-    """Every parameter random, norms and biases too, with a scale at which attention and gates are far from flat."""
+    """Every parameter random, norms and biases too, at a scale where attention and gates are not flat."""
     model = Transformer(config, **slice_)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

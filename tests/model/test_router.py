@@ -204,7 +204,7 @@ def test_equation_4_by_finite_differences_on_the_logits() -> None:
 
 
 def test_scale_of_the_variants() -> None:
-    """At f = P the gradient of equation 4 with respect to P, up to a constant, is E / 2 times below Switch's..."""
+    """At f = P the gradient of equation 4 is E / 2 times smaller than that of Switch."""
     torch.manual_seed(0)
     e = 8
     p = torch.rand(1, e, dtype=torch.float64).softmax(1).requires_grad_()

@@ -57,10 +57,11 @@ def build_cache(
         name = _fingerprint(source, encoder, holdout_fraction, seed)
         final = root / name
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            with FileLock(root / f".{name}.lock"):
-                if not final.exists():
-                    _build(source, encoder, final, holdout_fraction, seed, advance)
+            if not final.exists():  # a finished cache may lie where nothing can be written
+                root.mkdir(parents=True, exist_ok=True)
+                with FileLock(root / f".{name}.lock"):
+                    if not final.exists():
+                        _build(source, encoder, final, holdout_fraction, seed, advance)
         except OSError as error:
             raise RunError(
                 f"data.cache_dir {str(root)!r}: cannot write the token cache of {source.path!r} "

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeforge.data.chat import encode_chats
-from moeforge.data.reading import PIECE_CHARACTERS, Piece
+from moeforge.data.reading import Piece
 from moeforge.errors import UserError
 
 _BATCH_PIECES = 1024
+_BATCH_CHARACTERS = 1 << 20
 
 Mask = NDArray[np.bool_] | None
 
@@ -75,7 +76,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     for piece in pieces:
         batch.append(piece)
         characters += _characters(piece.content)
-        if characters >= PIECE_CHARACTERS or len(batch) >= _BATCH_PIECES:
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_PIECES:
             yield batch
             batch, characters = [], 0
     if batch:

@@ -17,7 +17,7 @@ import fsspec  # type: ignore[import-untyped]
 from moeforge.data.source import Source, corpus_files
 from moeforge.errors import UserError
 
-PIECE_CHARACTERS = 1 << 20
+PIECE_CHARACTERS = 1 << 17
 _BLOCK_BYTES = 1 << 20
 
 
@@ -52,7 +52,7 @@ def read_pieces(source: Source) -> Iterator[Piece]:
 
 
 def _text_pieces(path: Path, source: Source) -> Iterator[Piece]:
-    """One file is one document, given in pieces of about a million characters."""
+    """One file is one document, in pieces small enough to be tokenised side by side."""
     if source.messages_field is not None:
         raise UserError(
             f"data path {str(path)!r}: messages_field {source.messages_field!r} needs jsonl, parquet "

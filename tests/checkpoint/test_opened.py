@@ -84,22 +84,34 @@ def test_no_tokenizer(saved: Path, text: str | None) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_skywork_tokenizer_is_read_without_remote_code(saved: Path) -> None:
-    from transformers.utils import sentencepiece_model_pb2_new as pb2
+def _write_sentencepiece(directory: Path, content: bytes) -> None:
+    settings = {
+        "tokenizer_class": "SkyworkTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_skywork.SkyworkTokenizer", None]},
+        "add_bos_token": True, "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }  # fmt: skip
+    (directory / "tokenizer.model").write_bytes(content)
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
-    model = pb2.ModelProto()
+
+def test_a_skywork_tokenizer_is_read_without_remote_code(saved: Path) -> None:
+    pytest.importorskip("sentencepiece")
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
     model.trainer_spec.model_type = 2  # BPE
     model.trainer_spec.unk_id, model.trainer_spec.bos_id, model.trainer_spec.eos_id = 0, 1, 2
     for piece, kind in (("<unk>", 2), ("<s>", 3), ("</s>", 3)):
         model.pieces.add(piece=piece, score=0.0, type=kind)
-    for i, piece in enumerate(["\u2581a", "\u2581", "a", "b", "c"]):
+    for i, piece in enumerate(["\u2581a", "\u2581b", "\u2581", "a", "b"]):
         model.pieces.add(piece=piece, score=float(-i), type=1)
-    (saved / "tokenizer.model").write_bytes(model.SerializeToString())
-    settings = {
-        "tokenizer_class": "SkyworkTokenizer",
-        "auto_map": {"AutoTokenizer": ["tokenization_skywork.SkyworkTokenizer", None]},
-        "add_bos_token": True, "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-    }  # fmt: skip
-    (saved / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer = open_checkpoint(saved).tokenizer()
-    assert tokenizer("a b").input_ids == [1, 3, 4, 6]
+    _write_sentencepiece(saved, model.SerializeToString())
+    assert open_checkpoint(saved).tokenizer()("a b").input_ids == [1, 3, 4]
+
+
+def test_a_missing_sentencepiece_is_named(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moeforge.checkpoint.opened.find_spec", lambda _: None)
+    _write_sentencepiece(saved, b"not a model")
+    with pytest.raises(UserError, match="pip install sentencepiece"):
+        open_checkpoint(saved).tokenizer()

@@ -17,14 +17,8 @@ from moeforge.checkpoint.safetensors_source import SafetensorsSource
 from moeforge.checkpoint.source import WeightSource, first_line, incomplete
 from moeforge.config.hf import model_config_from_hf
 from moeforge.config.model import ModelConfig
+from moeforge.config.presets import HUB_IDS
 from moeforge.errors import UserError
-
-PRESETS = {
-    "skywork-13b": "Skywork/Skywork-13B-base",
-    "skywork-moe": "Skywork/Skywork-MoE-Base",
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1",
-}
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _HUB_METADATA = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -41,10 +35,10 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         return _open_gguf(path)
     if path.is_dir():
         return _open_directory(path)
-    hub_id = PRESETS.get(str(model), str(model))
+    hub_id = HUB_IDS.get(str(model), str(model))
     if not _HUB_ID.match(hub_id):
         raise UserError(
-            f"model = {str(model)!r}: no such directory or file; presets are {', '.join(PRESETS)}"
+            f"model = {str(model)!r}: no such directory or file; presets are {', '.join(HUB_IDS)}"
         )
     return _open_directory(_download(hub_id))
 

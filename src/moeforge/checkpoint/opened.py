@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,10 @@ class Checkpoint:
             else:
                 tokenizer = AutoTokenizer.from_pretrained(self.path)
         except Exception as error:  # transformers raises whatever its parsers raise
-            raise UserError(
-                f"{self.path}: no tokenizer can be loaded from it ({first_line(error)})"
-            ) from error
+            reason = first_line(error)
+            if (self.path / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
+                reason = "its tokenizer.model needs the package sentencepiece: pip install sentencepiece"
+            raise UserError(f"{self.path}: no tokenizer can be loaded from it ({reason})") from error
         check_tokenizer(len(tokenizer), self)
         return tokenizer
 

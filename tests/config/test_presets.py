@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from moeforge.config.model import ModelConfig
-from moeforge.config.presets import PRESETS, model_preset
+from moeforge.config.presets import HUB_IDS, PRESETS, model_preset
 from moeforge.errors import UserError
 
 # Published totals: Skywork-MoE from its announcement (146.36 B), the others as counted by their model pages.
@@ -38,7 +38,7 @@ def test_total_and_active_billions(name, billions):
 
 
 def test_every_preset_is_counted_and_survives_its_dictionary():
-    assert set(PRESETS) == set(EXACT) | set(BILLIONS)
+    assert set(PRESETS) == set(EXACT) | set(BILLIONS) == set(HUB_IDS)
     for config in PRESETS.values():
         assert ModelConfig.from_dict(config.to_dict()) == config
 

@@ -33,8 +33,8 @@ _SMOLLM2_135M = ModelConfig(
     rope=RopeConfig(theta=100_000.0),
     max_positions=8192,
     tie_embeddings=True,
-    bos_token_id=0,
-    eos_token_ids=(0,),
+    bos_token_id=1,
+    eos_token_ids=(2,),
 )
 _LLAMA_3_8B = ModelConfig(
     vocab_size=128_256,
@@ -176,6 +176,23 @@ PRESETS: dict[str, ModelConfig] = {
         eos_token_ids=(50279,),
     ),
 }
+
+HUB_IDS = {
+    "skywork-13b": "Skywork/Skywork-13B-base",
+    "skywork-moe": "Skywork/Skywork-MoE-Base",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "mistral-7b-v0.3": "mistralai/Mistral-7B-v0.3",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1",
+    "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
+    "olmoe-1b-7b": "allenai/OLMoE-1B-7B-0924",
+}
+"""Where the weights of each preset are published on the Hugging Face hub."""
 
 
 def model_preset(name: str) -> ModelConfig:

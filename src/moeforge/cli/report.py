@@ -11,10 +11,14 @@ from moeforge.cli.output import Json, emit
 
 
 def command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories (they hold metrics.jsonl).")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories (they hold metrics.jsonl).")
+    ],
     out: Annotated[
         Path | None,
-        typer.Option(help="HTML file to write; default: report.html in the run, or here if there are several."),
+        typer.Option(
+            help="HTML file to write; default: report.html in the run, or here if there are several."
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -22,7 +26,11 @@ def command(
     from moeforge.report import write_report
 
     result = write_report(runs, out)
-    emit(result, json, lambda: "\n".join([f"{result['report']} ({result['bytes'] / 1e6:.1f} MB)", *_lines(result["runs"])]))
+    emit(
+        result,
+        json,
+        lambda: "\n".join([f"{result['report']} ({result['bytes'] / 1e6:.1f} MB)", *_lines(result["runs"])]),
+    )
 
 
 def _lines(runs: list[dict[str, object]]) -> list[str]:

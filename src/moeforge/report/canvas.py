@@ -1,23 +1,34 @@
-"""From matplotlib axes to an inline SVG that follows the page's theme, and what the page's hover script needs.
+"""From matplotlib axes to an inline SVG that follows the page's theme, and what its hover script needs.
 
 matplotlib is imported when the first chart is drawn, and its global state is never touched.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from moeforge.errors import UserError
 from moeforge.report.theme import Palette, placeholders, themed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
 
-def style(palette: Palette, size: float = 10.5) -> dict[str, Any]:
+
+def require_matplotlib() -> None:
+    """Raises UserError with the command that installs it where matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(
+            "report: matplotlib is not installed, which draws the charts; pip install 'moeforge[report]'"
+        )
+
+
+def style(palette: Palette, size: float = 11.5) -> dict[str, Any]:
     """The matplotlib settings of every chart, for `rc_context`."""
     return {
         "figure.dpi": 72,
@@ -55,12 +66,16 @@ def style(palette: Palette, size: float = 10.5) -> dict[str, Any]:
 
 
 def render(
-    name: str, draw: Callable[[list[Axes], Palette], None], width: float = 560, height: float = 250, columns: int = 1
+    name: str,
+    draw: Callable[[list[Axes], Palette], None],
+    width: float = 560,
+    height: float = 250,
+    columns: int = 1,
 ) -> tuple[str, dict[str, Any]]:
     """Draw a chart of `columns` axes side by side and return (svg, hover data).
 
-    `width` and `height` are in CSS pixels. `name` prefixes every id in the SVG, so many charts can share a page.
-    Lines with a gid (set by `hoverable`) can be pointed at.
+    `width` and `height` are in CSS pixels. `name` prefixes every id in the SVG, so that a page may hold many.
+    Lines named by `hoverable` can be pointed at.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -68,7 +83,7 @@ def render(
     palette = placeholders()
     with matplotlib.rc_context(style(palette)):
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
-        figure.get_layout_engine().set(w_pad=2 / 72, h_pad=2 / 72, wspace=0.05)  # type: ignore[union-attr]
+        figure.get_layout_engine().set(w_pad=2 / 72, h_pad=2 / 72, wspace=0.05)
         axes = list(figure.subplots(1, columns, sharey=columns > 1, squeeze=False)[0])
         draw(axes, palette)
         series = [_name_lines(axis, f"{name}-line-{i}") for i, axis in enumerate(axes)]
@@ -77,7 +92,9 @@ def render(
             buffer,
             format="svg",
             transparent=True,
-            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),  # no metadata block, same bytes each time
+            metadata=dict.fromkeys(
+                ("Creator", "Date", "Format", "Type")
+            ),  # no metadata block, same bytes each time
         )
         areas = [_area(axis, height) | {"series": s} for axis, s in zip(axes, series, strict=True)]
     return _clean(buffer.getvalue(), name), {"width": width, "height": height, "axes": areas}
@@ -136,7 +153,7 @@ def _clean(svg: str, name: str) -> str:
     svg = re.sub(r'(\bid="|href="#|url\(#)(?!' + name + "-line)", rf"\g<1>{name}-", svg)
     svg = re.sub(r' font-family: [^;"]*;', "", svg)
     svg = re.sub(r' transform="rotate\(-0 [^"]*"', "", svg)
-    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), svg)  # never in the text
     svg = re.sub(r" \n(?=[MLCz\"])", "", svg)
     svg = re.sub(r"\n\s*(?=<)", "", svg.strip())
     svg = re.sub(r"<g\s*/>|<defs></defs>", "", svg)

@@ -66,8 +66,8 @@ for (const figure of document.querySelectorAll("figure:has(svg)")) {
     if (index < 0) return;
     const area = data.axes[index];
     if (data.cells) {
-      const [column, row] = value(area, [at.x, at.y]).map(Math.round), share = data.cells.values[row]?.[column];
-      if (share !== undefined) tell(event, [[`layer ${data.cells.rows[row]}, expert ${column}`, ""], ["load", `${show(share)} × even`, "transparent"]]);
+      const [layer, expert] = value(area, [at.x, at.y]).map(Math.round), share = data.cells.values[layer]?.[expert];
+      if (share !== undefined) tell(event, [[`layer ${data.cells.layers[layer]}, expert ${expert}`, ""], ["load", `${show(share)} × even`, "transparent"]]);
       return;
     }
     lines ??= data.axes.map((one) => one.series.map((series) => ({ ...series, list: points(series.id) })).filter((s) => s.list.length));

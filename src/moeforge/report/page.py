@@ -12,6 +12,7 @@ import numpy as np
 
 from moeforge.errors import UserError
 from moeforge.report import panels
+from moeforge.report.canvas import require_matplotlib
 from moeforge.report.panels import Panel
 from moeforge.report.runs import Run, load_runs
 from moeforge.report.series import MAX_LAYER_POINTS, MAX_POINTS
@@ -45,12 +46,13 @@ class RunPage:
 def write_report(paths: list[Path], out: Path | None = None) -> dict[str, Any]:
     """Write one page about one run, or comparing several; returns what `moeforge report --json` prints.
 
-    The page goes to `out`; without it, into the run's own directory as report.html, or, for several runs, into the
-    current directory. It appears whole or not at all.
+    The page goes to `out`; without it, into the run's own directory as report.html, or, for several runs, to
+    the current directory. It appears whole or not at all.
 
     Raises:
-        UserError: no run given, a path without metrics, the same run twice, or an `out` that cannot be written.
+        UserError: no run given, a path without metrics, a run twice, an `out` that cannot be written, no matplotlib.
     """
+    require_matplotlib()
     if not paths:
         raise UserError("report: no run given; name at least one run directory")
     resolved = [Path(path).resolve() for path in paths]
@@ -122,7 +124,9 @@ def _headline(run: Run) -> str:
         parts.append("dense")
     else:
         moe = model.moe
-        norm = "no gate normalisation" if moe.gate_norm is None else f"gate normalisation λ = {moe.gate_norm:g}"
+        norm = (
+            "no gate normalisation" if moe.gate_norm is None else f"gate normalisation λ = {moe.gate_norm:g}"
+        )
         parts += [f"{moe.num_experts} experts, top-{moe.top_k}", norm]
     return " · ".join(parts)
 
@@ -130,7 +134,8 @@ def _headline(run: Run) -> str:
 def _comparison(pages: list[RunPage]) -> list[tuple[str, str, list[str]]]:
     """Rows of the comparing table: name, note, one value a run."""
     return [
-        (fact.name, fact.note, [page.facts[i].value for page in pages]) for i, fact in enumerate(pages[0].facts)
+        (fact.name, fact.note, [page.facts[i].value for page in pages])
+        for i, fact in enumerate(pages[0].facts)
     ]
 
 
@@ -150,7 +155,8 @@ def _thinned(runs: list[Run]) -> str:
         parts.append(f"{MAX_LAYER_POINTS} a layer")
     if not parts:
         return ""
-    return f"Long series are drawn with at most {', '.join(parts)}: the lowest and highest of each stretch, so spikes stay."
+    limits = ", ".join(parts)
+    return f"Long series are thinned to {limits}: the lowest and highest of each stretch, so spikes stay."
 
 
 def _write(out: Path, content: bytes) -> None:

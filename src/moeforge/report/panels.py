@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 GATE_EVERY, SIMILARITY_EVERY = "run.gate_distribution_every", "run.similarity_every"
 
 
+Size = Literal["third", "half", "two-thirds", "wide"]
+_WIDTHS: dict[Size, float] = {"third": 372, "half": 560, "two-thirds": 760, "wide": 1150}
+_HEIGHTS: dict[Size, float] = {"third": 220, "half": 250, "two-thirds": 250, "wide": 250}
+
+
 @dataclass(frozen=True)
 class Key:
     """A legend entry: label, CSS colour, and how it is drawn ("line", "faint", "dots", "dashed")."""
@@ -30,8 +35,10 @@ class Key:
 
 @dataclass(frozen=True)
 class Panel:
-    """One card of the page. `ramp` names the ends of the layer colour scale, `scale` those of the load colours;
-    `missing` says why there is no chart."""
+    """One card of the page.
+
+    `ramp` names the ends of the layer colour scale, `scale` those of the load colours; `missing` says why
+    there is no chart."""
 
     name: str
     title: str
@@ -40,8 +47,8 @@ class Panel:
     hover: dict[str, Any] = field(default_factory=dict)
     legend: tuple[Key, ...] = ()
     ramp: tuple[int, int] | None = None
-    scale: tuple[str, str, str] | None = None
-    wide: bool = False
+    scale: tuple[str, str] | None = None
+    size: Size = "half"
     missing: str = ""
 
 
@@ -50,23 +57,33 @@ def training(runs: list[Run], x: str) -> list[Panel]:
     one = len(runs) == 1
     keys = tuple(Key(run.name, f"var(--series-{i % 8})") for i, run in enumerate(runs))
     first = keys[0].color
-    loss_keys = (Key("train", first, "faint"), Key("smoothed", first), Key("held-out", first, "dots"))
+    loss_keys = (
+        Key("train", first, "faint"),
+        Key("smoothed", first),
+        Key("held-out", "var(--series-1)", "dots"),
+    )
     names = () if one else keys
 
     def panel(key: str, title: str, text: str, smoothed: bool) -> Panel:
         def paint(axes: list[Axes], palette: Palette) -> None:
             draw.scalar(axes[0], runs, palette, key, x, smoothed)
 
-        return _chart(key, title, text, paint, _any(run[key] for run in runs), legend=names)
+        return _chart(
+            key, title, text, paint, _any(run[key] for run in runs), legend=names, size="third", height=220
+        )
 
     def paint_loss(axes: list[Axes], palette: Palette) -> None:
         draw.loss(axes[0], runs, palette, x)
 
-    held = "Dots are the held-out loss." if one else "Faint: every step; full: moving average; dots: held-out loss."
+    held = (
+        "Faint: every step; full: moving average."
+        if one
+        else "Faint: every step; full: moving average; dots: held-out loss."
+    )
     known = _any(run[key] for run in runs for key in ("loss", "eval_loss"))
     legend = loss_keys if one else keys
     return [
-        _chart("loss", "Loss", held, paint_loss, known, legend=legend, wide=True, height=300),
+        _chart("loss", "Loss", held, paint_loss, known, legend=legend, size="wide", height=300),
         panel("lr", "Learning rate", "As scheduled.", False),
         panel("grad_norm", "Gradient norm", "Before clipping, with its moving average.", True),
         panel("tokens_per_second", "Tokens a second", "Evaluation and checkpoints are not counted.", True),
@@ -77,22 +94,33 @@ def comparison(runs: list[Run], x: str) -> list[Panel]:
     """Balance and specialisation of several runs, each as its mean over layers."""
     keys = tuple(Key(run.name, f"var(--series-{i % 8})") for i, run in enumerate(runs) if run.layers)
 
-    def panel(key: str, title: str, text: str, zero: bool = True) -> Panel:
+    def panel(key: str, title: str, text: str, zero: bool, size: Size) -> Panel:
         def paint(axes: list[Axes], palette: Palette) -> None:
             draw.layer_means(axes[0], runs, palette, key, x, zero)
 
         known = _any(run.by_layer[key] for run in runs)
-        return _chart(f"mean-{key}", title, f"{text} Mean over layers.", paint, known, legend=keys)
+        return _chart(f"mean-{key}", title, text, paint, known, legend=keys, size=size, height=_HEIGHTS[size])
 
-    return [panel(key, title, text, zero) for key, title, text, zero in _BY_LAYER]
+    sizes: tuple[Size, ...] = ("half", "half", "third", "third", "third")
+    return [panel(*entry, size=size) for entry, size in zip(_BY_LAYER, sizes, strict=True)]
 
 
 _BY_LAYER = (
     ("drop_rate", "Token drop rate", "Share of assignments beyond an expert's capacity.", True),
-    ("aux_coef", "Auxiliary-loss coefficient α", "Follows the drop rate: high while experts are uneven.", True),
+    (
+        "aux_coef",
+        "Auxiliary-loss coefficient α",
+        "Follows the drop rate: high while experts are uneven.",
+        True,
+    ),
     ("max1_over_max2", "Max1 / Max2", "Largest over second gate probability; 1 is undecided.", False),
     ("max2_over_max3", "Max2 / Max3", "Second over third gate probability; 1 is undecided.", False),
-    ("expert_similarity", "Expert similarity", "Mean pairwise cosine of the experts' weights; copies start at 1.", False),
+    (
+        "expert_similarity",
+        "Expert similarity",
+        "Mean pairwise cosine of the experts' weights; copies start at 1.",
+        False,
+    ),
 )
 
 
@@ -104,14 +132,26 @@ def balance(run: Run, prefix: str, x: str) -> list[Panel]:
         draw.load_spread(axes[0], run, palette, x)
 
     keys = (Key("mean over layers", "var(--series-0)"), Key("even", "var(--muted)", "dashed"))
-    text = "The busiest expert's load over the mean. The band spans the best and the worst layer."
+    text = "The busiest expert's load over the mean load; the band spans all layers. Moving averages."
     known = _any([run.by_layer["load_max_over_mean"]])
-    spread = _chart(f"{prefix}load_max_over_mean", "Busiest expert", text, paint, known, legend=keys)
+    many = run.load is not None and run.load.shape[1] > _MANY_EXPERTS
+    size: Size = "wide" if many else "third"
+    height = 240 if many else 260
+    spread = _chart(
+        f"{prefix}load_max_over_mean",
+        "Busiest expert",
+        text,
+        paint,
+        known,
+        legend=keys,
+        size=size,
+        height=height,
+    )
     return [*panels, spread, load_map(run, prefix)]
 
 
 def load_map(run: Run, prefix: str) -> Panel:
-    """Layer by expert, at the end."""
+    """Expert by layer, at the end."""
     name, title = f"{prefix}load", "Expert load at the end"
     if run.load is None:
         return Panel(name, title, "", missing="No expert load was recorded in this run.")
@@ -119,14 +159,15 @@ def load_map(run: Run, prefix: str) -> Panel:
     def paint(axes: list[Axes], palette: Palette) -> None:
         draw.load_map(axes[0], run, palette, light())
 
-    rows, experts = run.load.shape
+    experts = run.load.shape[1]
     text = f"Against an even share of 1/{experts}; mean of the last {run.load_rows} steps."
     if run.load_rows == 1:
         text = f"Against an even share of 1/{experts}, at the last step."
-    wide = rows * experts > 400
-    svg, hover = render(name, paint, _WIDE if wide else _WIDTH, min(max(210, 60 + 11 * rows), 560))
-    hover["cells"] = {"rows": list(run.layers), "values": np.round(run.load * experts, 3).tolist()}
-    return Panel(name, title, text, svg, hover, scale=("¼ of even", "even", "4 × even"), wide=wide)
+    many = experts > _MANY_EXPERTS
+    size: Size = "wide" if many else "two-thirds"
+    svg, hover = render(name, paint, _WIDTHS[size], 60 + 8 * experts if many else 260)
+    hover["cells"] = {"layers": list(run.layers), "values": np.round(run.load * experts, 3).tolist()}
+    return Panel(name, title, text, svg, hover, scale=("½ of even", "2 ×"), size=size)
 
 
 def gate(run: Run, prefix: str, x: str) -> list[Panel]:
@@ -135,9 +176,11 @@ def gate(run: Run, prefix: str, x: str) -> list[Panel]:
     shown = draw.gate_layers(run)
     if not shown:
         missing = f"No gate distribution was recorded in this run ({GATE_EVERY})."
-        distribution = Panel(name, title, "", missing=missing, wide=True)
+        distribution = Panel(name, title, "", missing=missing, size="wide")
     else:
-        text = "Mean gate probability of each token's experts, sorted from the largest. The dashed line is 1/E."
+        text = (
+            "Mean gate probability of each token's experts, sorted from the largest. The dashed line is 1/E."
+        )
         both = draw.gate_is_normalised(run)
         keys = [Key("with normalisation" if both else "gate", "var(--series-0)")]
         if both:
@@ -149,8 +192,8 @@ def gate(run: Run, prefix: str, x: str) -> list[Panel]:
         def paint(axes: list[Axes], palette: Palette) -> None:
             draw.gates(axes, run, palette)
 
-        svg, hover = render(name, paint, _WIDE, 260, columns=len(shown))
-        distribution = Panel(name, title, text, svg, hover, tuple(keys), wide=True)
+        svg, hover = render(name, paint, _WIDTHS["wide"], 260, columns=len(shown))
+        distribution = Panel(name, title, text, svg, hover, tuple(keys), size="wide")
     return [
         distribution,
         _layers(run, prefix, x, *_BY_LAYER[2]),
@@ -160,21 +203,32 @@ def gate(run: Run, prefix: str, x: str) -> list[Panel]:
 
 def similarity(run: Run, prefix: str, x: str) -> Panel:
     """Figure 1: the experts drifting apart."""
-    return _layers(run, prefix, x, *_BY_LAYER[4], hint=f" ({SIMILARITY_EVERY})", wide=True)
+    return _layers(run, prefix, x, *_BY_LAYER[4], hint=f" ({SIMILARITY_EVERY})", size="wide")
 
 
-_WIDTH, _WIDE = 560, 1150
+_MANY_EXPERTS = 24
+"""More do not fit beside another chart."""
 
 
 def _layers(
-    run: Run, prefix: str, x: str, key: str, title: str, text: str, zero: bool, hint: str = "", wide: bool = False
+    run: Run,
+    prefix: str,
+    x: str,
+    key: str,
+    title: str,
+    text: str,
+    zero: bool,
+    hint: str = "",
+    size: Size = "half",
 ) -> Panel:
     def paint(axes: list[Axes], palette: Palette) -> None:
         draw.layers(axes[0], run, palette, key, x, zero)
 
     ramp = (run.layers[0], run.layers[-1])
     known = _any([run.by_layer[key]])
-    return _chart(f"{prefix}{key}", title, text, paint, known, ramp=ramp, hint=hint, wide=wide)
+    steps = draw.layer_smoothing(key, int(np.isfinite(run.by_layer[key]).any(axis=1).sum()))
+    text += f" Moving average, {steps} steps." if steps > 1 else ""
+    return _chart(f"{prefix}{key}", title, text, paint, known, ramp=ramp, hint=hint, size=size)
 
 
 def _chart(
@@ -186,14 +240,14 @@ def _chart(
     legend: tuple[Key, ...] = (),
     ramp: tuple[int, int] | None = None,
     hint: str = "",
-    wide: bool = False,
+    size: Size = "half",
     height: float = 250,
 ) -> Panel:
     if not known:
-        return Panel(name, title, text, missing=f"Not recorded{hint}.", wide=wide)
-    svg, hover = render(name, paint, _WIDE if wide else _WIDTH, height)
+        return Panel(name, title, text, missing=f"Not recorded{hint}.", size=size)
+    svg, hover = render(name, paint, _WIDTHS[size], height)
     hover["nearest"] = ramp is not None
-    return Panel(name, title, text, svg, hover, legend, ramp, wide=wide)
+    return Panel(name, title, text, svg, hover, legend, ramp, size=size)
 
 
 def _any(arrays: Any) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moeforge.errors import UserError
 from moeforge.report import draw
-from moeforge.report.canvas import style
+from moeforge.report.canvas import require_matplotlib, style
 from moeforge.report.runs import Run, load_run
 from moeforge.report.theme import light
 
@@ -19,13 +19,14 @@ _BY_LAYER = (
 
 
 def figure_png(run: Run | str | Path, path: str | Path) -> Path:
-    """Draw six panels (loss, drop rate, α, Max1/Max2, expert similarity, expert load) of a run into a PNG file.
+    """Draw six panels of a run (loss, drop rate, α, Max1/Max2, expert similarity, expert load) into a PNG.
 
     Dense runs show learning rate, gradient norm and speed in place of the routing.
 
     Raises:
-        UserError: the run has no metrics, or the directory of `path` does not exist.
+        UserError: the run has no metrics, the directory of `path` does not exist, or no matplotlib.
     """
+    require_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -36,8 +37,10 @@ def figure_png(run: Run | str | Path, path: str | Path) -> Path:
     palette = light()
     with matplotlib.rc_context(style(palette, size=10)):
         columns, rows = (3, 2) if run.layers else (2, 2)
-        figure = Figure(figsize=(5 * columns, 3.1 * rows + 0.3), layout="constrained", facecolor=palette.surface)
-        figure.get_layout_engine().set(w_pad=0.14, h_pad=0.14, wspace=0.02, hspace=0.03)  # type: ignore[union-attr]
+        figure = Figure(
+            figsize=(5 * columns, 3.1 * rows + 0.3), layout="constrained", facecolor=palette.surface
+        )
+        figure.get_layout_engine().set(w_pad=0.14, h_pad=0.14, wspace=0.02, hspace=0.03)
         axes = list(figure.subplots(rows, columns).flat)
         draw.loss(axes[0], [run], palette)
         titles = ["Loss (line: train, dots: held-out)"]
@@ -47,7 +50,7 @@ def figure_png(run: Run | str | Path, path: str | Path) -> Path:
                 titles.append(title)
             if run.load is not None:
                 draw.load_map(axes[5], run, palette, palette)
-            titles.append("Expert load at the end (blue: idle, orange: busy)")
+            titles.append("Expert load: blue ½ of even, orange 2×")
         else:
             for ax, key in zip(axes[1:], ("lr", "grad_norm", "tokens_per_second"), strict=True):
                 draw.scalar(ax, [run], palette, key, smoothed=key != "lr")

@@ -6,6 +6,7 @@ Legend: R rows of metrics (steps), L MoE layers, E experts.
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,8 +57,8 @@ class Recording:
 class Run:
     """One training run. Numbers that a row lacks are NaN.
 
-    `scalars` maps SCALARS to [R]; `by_layer` maps LAYER_KEYS to [R, L]; `load` is [L, E], the mean over the last
-    `load_rows` rows; `layers` are the indices of the MoE layers, empty in a dense run.
+    `scalars` maps SCALARS to [R]; `by_layer` maps LAYER_KEYS to [R, L]; `load` is [L, E], the mean over the
+    last `load_rows` rows; `layers` are the indices of the MoE layers, empty in a dense run.
     """
 
     path: Path
@@ -85,8 +86,8 @@ class Run:
 def load_run(path: str | Path) -> Run:
     """Read a run directory.
 
-    A line that is no JSON object is skipped with a note (the last one is cut short when a run is killed, or still
-    being written). Rows of the same step are merged, the later one wins.
+    A line that is no JSON object is skipped with a note (the last one is cut short when a run is killed, or
+    still being written). Rows of the same step are merged, the later one wins.
 
     Raises:
         UserError: no such directory, no metrics.jsonl in it, or no row in that.
@@ -111,12 +112,19 @@ def load_run(path: str | Path) -> Run:
             ids = [int(entry.get("layer", i)) for i, entry in enumerate(entries)]
             values = [[_number(entry.get(key)) for key in LAYER_KEYS] for entry in entries]
             layer_rows[step] = (ids, np.array(values, dtype=np.float32))
-            loads.append({i: entry["load"] for i, entry in zip(ids, entries, strict=True) if entry.get("load")})
+            loads.append(
+                {i: entry["load"] for i, entry in zip(ids, entries, strict=True) if entry.get("load")}
+            )
         if row.get("gate_distribution"):
             gates[1:] = [_recording(step, row["gate_distribution"])]  # the first and the latest
     if not steps:
         raise UserError(f"report: {file} holds no row yet; train at least one step")
     order = sorted(steps)
+    diverged = [step for step in order if not math.isfinite(steps[step].get("loss", 0.0))]
+    if diverged:
+        notes.append(
+            f"The loss is not a finite number at {len(diverged)} step(s), first at step {diverged[0]}."
+        )
     layers = tuple(sorted({i for ids, _ in layer_rows.values() for i in ids}))
     load, load_rows = _mean_load(loads, layers)
     return Run(

@@ -19,19 +19,15 @@ def finite(x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def thin(x: Array, y: Array, limit: int = MAX_POINTS) -> tuple[Array, Array]:
-    """At most `limit` points: the first and last ones, and the lowest and highest of each bucket between, so that
-    spikes survive. Both [n] -> both [min(n, limit)] or a little less."""
+    """At most `limit` points: the first and last, and the lowest and highest of each bucket between, so that
+    spikes survive. Both finite, [n] -> both [min(n, limit)] or a little less."""
     n = len(x)
     if n <= limit:
         return x, y
     edges = np.linspace(1, n - 1, max(limit // 2, 1), dtype=int)
     keep = {0, n - 1}
     for start, stop in zip(edges[:-1], edges[1:], strict=True):
-        bucket = y[start:stop]
-        if np.isnan(bucket).all():
-            keep.add(int(start))  # the gap stays visible
-        else:
-            keep |= {int(start + np.nanargmin(bucket)), int(start + np.nanargmax(bucket))}
+        keep |= {int(start + y[start:stop].argmin()), int(start + y[start:stop].argmax())}
     order = sorted(keep)
     return x[order], y[order]
 
@@ -42,14 +38,20 @@ def smoothing_steps(count: int) -> int:
 
 
 def smooth(y: Array, steps: int) -> Array:
-    """Exponential moving average with the given time constant, free of start-up bias; it skips NaN. [n] -> [n]."""
-    keep, total, weight = 1 - 1 / max(steps, 1), 0.0, 0.0
-    result = np.full(len(y), np.nan)
-    for i, value in enumerate(y):
-        if np.isfinite(value):
-            total, weight = keep * total + value, keep * weight + 1
-            result[i] = total / weight
-    return result
+    """Exponential moving average along the first axis, without start-up bias: [n] or [n, L] -> same shape.
+
+    `steps` is its time constant. NaN is left as it is and does not enter the average.
+    """
+    keep = 1 - 1 / max(steps, 1)
+    if keep == 0:
+        return y
+    total, weight = np.zeros(y.shape[1:]), np.zeros(y.shape[1:])
+    known, result = np.isfinite(y), np.full(y.shape, np.nan)
+    for i, (value, new) in enumerate(zip(y, known, strict=True)):
+        total = np.where(new, keep * total + value, total)
+        weight = np.where(new, keep * weight + 1, weight)
+        result[i] = total / np.maximum(weight, 1)
+    return np.where(known, result, np.nan)
 
 
 def mean_over_layers(values: Array) -> Array:

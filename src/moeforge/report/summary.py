@@ -25,14 +25,17 @@ class Fact:
 def summarize(run: Run) -> dict[str, Any]:
     """The numbers of a run (NaN or None where it has none), as in `moeforge report --json`.
 
-    `loss_before` and `loss_after` are means over the first and last `loss_window_steps` rows; `drop_rate` is the
-    mean over layers and over as many last rows; `tokens_per_second` is the median; `aux_coef_*` span layers and time.
+    `loss_before` and `loss_after` are means over the first and last `loss_window_steps` rows; `drop_rate` and
+    `max1_over_max2` are means over layers and over as many last rows; `tokens_per_second` is the median;
+    `aux_coef_*` span layers and time.
     """
     loss = run["loss"][np.isfinite(run["loss"])]
     window = max(1, min(20, len(loss) // 10))
     held_out = run["eval_loss"][np.isfinite(run["eval_loss"])]
     drop = mean_over_layers(run.by_layer["drop_rate"])
     drop = drop[np.isfinite(drop)]
+    decided = mean_over_layers(run.by_layer["max1_over_max2"])
+    decided = decided[np.isfinite(decided)]
     alpha = run.by_layer["aux_coef"][np.isfinite(run.by_layer["aux_coef"])]
     model, moe = run.model, run.model.moe if run.model else None
     return {
@@ -55,34 +58,50 @@ def summarize(run: Run) -> dict[str, Any]:
         "aux_coef_min": float(alpha.min()) if len(alpha) else math.nan,
         "aux_coef_max": float(alpha.max()) if len(alpha) else math.nan,
         "expert_similarity": _last(mean_over_layers(run.by_layer["expert_similarity"])),
+        "max1_over_max2": _mean(decided[-window:]),
         "tokens_per_second": _median(run["tokens_per_second"]),
-        "seconds": _last(run["seconds"]),
+        "seconds": float(np.nansum(run["seconds"])),
         "notes": list(run.notes),
     }
 
 
 def facts(summary: dict[str, Any]) -> list[Fact]:
-    """The summary for a reader. Facts about routing stand in for dense runs too, as dashes, so that runs compare."""
+    """The summary for a reader. Dense runs have the facts about routing too (as dashes), so runs compare."""
     s, window = summary, summary["loss_window_steps"]
     span = f"mean of the first and last {window} steps" if window > 1 else "first and last step"
     experts = f"{s['experts']}, top-{s['top_k']}" if s["experts"] else "dense"
     alpha_known = not math.isnan(s["aux_coef_max"])
     return [
-        Fact("Held-out loss", _change(s["eval_loss_before"], s["eval_loss_after"]), "first and last evaluation"),
+        Fact(
+            "Held-out loss", _change(s["eval_loss_before"], s["eval_loss_after"]), "first and last evaluation"
+        ),
         Fact("Training loss", _change(s["loss_before"], s["loss_after"]), span),
-        Fact("Drop rate", percent(s["drop_rate"]), f"assignments over capacity, mean of layers, last {window} steps"),
+        Fact("Drop rate", percent(s["drop_rate"]), "assignments over capacity, at the end"),
         Fact(
             "α range",
-            f"{compact(s['aux_coef_min'])} – {compact(s['aux_coef_max'])}" if alpha_known else "–",
-            "auxiliary-loss coefficient, over layers and time",
+            f"{_short(s['aux_coef_min'])} – {_short(s['aux_coef_max'])}" if alpha_known else "–",
+            "over all layers and steps",
         ),
-        Fact("Expert similarity", number(s["expert_similarity"]), "mean pairwise cosine at the end; a copy is 1"),
-        Fact("Speed", f"{compact(round_to(s['tokens_per_second']))} tokens/s", "median step"),
-        Fact("Trained", f"{compact(s['tokens'])} tokens", f"{s['steps']:,} steps"),
-        Fact("Wall time", duration(s["seconds"]), ""),
-        Fact("Parameters", _parameters(s["parameters_total"]), f"{_parameters(s['parameters_active'])} active a token"),
+        Fact("Expert similarity", number(s["expert_similarity"]), "mean pairwise cosine; copies have 1"),
+        Fact("Max1 / Max2", _short(s["max1_over_max2"]), "of the gate at the end; 1 is undecided"),
+        Fact("Speed", f"{_short(s['tokens_per_second'])} tokens/s", "median step"),
+        Fact(
+            "Trained",
+            f"{_short(s['tokens'])} tokens",
+            f"{s['steps']:,} optimiser steps" if s["steps"] != 1 else "1 optimiser step",
+        ),
+        Fact("Wall time", duration(s["seconds"]), "in training steps"),
+        Fact(
+            "Parameters",
+            _parameters(s["parameters_total"]),
+            f"{_parameters(s['parameters_active'])} active a token",
+        ),
         Fact("Experts", experts, f"{s['moe_layers']} MoE layers" if s["moe_layers"] else "no MoE layers"),
-        Fact("Gate norm λ", number(s["gate_norm"]) if s["gate_norm"] is not None else "off", "of the gate logits"),
+        Fact(
+            "Gate norm λ",
+            number(s["gate_norm"]) if s["gate_norm"] is not None else "off",
+            "of the gate logits",
+        ),
     ]
 
 
@@ -118,9 +137,9 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def round_to(value: float, digits: int = 3) -> float:
-    """`value` with this many significant digits."""
-    return float(f"{value:.{digits}g}")
+def _short(value: float) -> str:
+    """Three significant digits."""
+    return compact(float(f"{value:.3g}"))
 
 
 def _change(before: float, after: float) -> str:
@@ -130,7 +149,7 @@ def _change(before: float, after: float) -> str:
 
 
 def _parameters(count: int | None) -> str:
-    return "–" if count is None else compact(round_to(count))
+    return "–" if count is None else _short(count)
 
 
 def _last(values: Array) -> float:

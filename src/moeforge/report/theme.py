@@ -1,4 +1,4 @@
-"""Colours of the report. Charts are drawn once, in placeholder colours that the page turns into CSS variables.
+"""Colours of the report. Charts are drawn once, in placeholder colours that become CSS variables in the page.
 
 matplotlib writes every colour of an SVG as `#rrggbb` inside a style attribute, where `var(--name)` may stand
 too. So one drawing follows the reader's light or dark setting, and the PNG picture uses the same palette.
@@ -14,7 +14,7 @@ RAMP_STEPS = 32
 
 @dataclass(frozen=True)
 class Palette:
-    """Named colours (`#rrggbb`); `series` are for runs and kinds, `ramp` goes from the first layer to the last."""
+    """Named colours (`#rrggbb`); `series` are for runs and kinds, `ramp` goes from first to last layer."""
 
     ink: str
     muted: str
@@ -50,13 +50,13 @@ def _ramp(low: float, high: float) -> tuple[str, ...]:
 def light() -> Palette:
     """On white."""
     series = ("#2a6fcf", "#d9622b", "#14946a", "#7a5cc9", "#c2447f", "#8a6d00", "#4b7a1f", "#5b6b7c")
-    return Palette("#1d2127", "#667080", "#e7e9ec", "#ffffff", series, _ramp(0.0, 0.84))
+    return Palette("#1d2127", "#667080", "#e7e9ec", "#ffffff", series, _ramp(0.0, 0.78))
 
 
 def dark() -> Palette:
     """On near black."""
     series = ("#5b9df0", "#ee8350", "#35b88a", "#a48ef0", "#e873a9", "#cfa62b", "#85b858", "#9aa7b5")
-    return Palette("#e8eaed", "#98a1ad", "#2c3036", "#191b1f", series, _ramp(0.26, 1.0))
+    return Palette("#e8eaed", "#98a1ad", "#2c3036", "#191b1f", series, _ramp(0.34, 1.0))
 
 
 def placeholders() -> Palette:

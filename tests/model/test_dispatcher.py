@@ -23,7 +23,7 @@ def test_weighted_sum_of_the_kept_experts(dropping: bool) -> None:
     x, weights, experts, w13, w2 = problem()
     kept = torch.rand(9, 2) < 0.5 if dropping else None
     out = LocalDispatcher().route(
-        x, weights, experts, kept, 4, lambda rows, offsets: expert_mlp_reference(rows, w13, w2, offsets)
+        0, x, weights, experts, kept, 4, lambda rows, offsets: expert_mlp_reference(rows, w13, w2, offsets)
     )
     expected = torch.zeros_like(x)
     for t in range(9):
@@ -47,7 +47,7 @@ def test_nothing_kept_is_zero() -> None:
     x, weights, experts, w13, w2 = problem()
     none = torch.zeros(9, 2, dtype=torch.bool)
     out = LocalDispatcher().route(
-        x, weights, experts, none, 4, lambda rows, offsets: expert_mlp_reference(rows, w13, w2, offsets)
+        0, x, weights, experts, none, 4, lambda rows, offsets: expert_mlp_reference(rows, w13, w2, offsets)
     )
     assert torch.equal(out, torch.zeros_like(x))
     out.sum().backward()

@@ -18,6 +18,7 @@ class Dispatcher(Protocol):
 
     def route(
         self,
+        layer: int,
         x_TD: Tensor,
         weights_TK: Tensor,
         experts_TK: Tensor,
@@ -25,7 +26,10 @@ class Dispatcher(Protocol):
         num_experts: int,
         experts: ExpertFunction,
     ) -> Tensor:
-        """Weighted sum of expert outputs [T, D]. Assignments whose `kept_TK` is false travel nowhere."""
+        """Weighted sum of expert outputs [T, D]. Assignments whose `kept_TK` is false travel nowhere.
+
+        Which rank holds which of the `num_experts` may differ from `layer` to layer.
+        """
         ...
 
 
@@ -34,6 +38,7 @@ class LocalDispatcher:
 
     def route(
         self,
+        layer: int,
         x_TD: Tensor,
         weights_TK: Tensor,
         experts_TK: Tensor,

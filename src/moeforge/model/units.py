@@ -117,7 +117,8 @@ class MoEFeedForward(nn.Module):
 
     def forward(self, x_TD: Tensor, rotary: Rotary, context: ForwardContext) -> Tensor:
         u_TD, routing = self.router(rms_norm(x_TD, self.norm.weight, self.eps), context)
-        return x_TD + context.dispatcher.route(u_TD, *routing, self.num_experts, self.experts)
+        layer = self.router.layer
+        return x_TD + context.dispatcher.route(layer, u_TD, *routing, self.num_experts, self.experts)
 
 
 class Head(nn.Module):

@@ -38,7 +38,8 @@ def loss(ax: Axes, runs: list[Run], palette: Palette, x: str = "step") -> None:
         steps = smoothing_steps(len(known))
         if steps > 1:
             ax.plot(*thin(known_x, known), color=color, linewidth=0.9, alpha=0.28)
-        ends.append(_line(ax, known_x, smooth(known, steps), color, f"{run.name} train"))
+        end = _line(ax, known_x, smooth(known, steps), color, f"{run.name} train")
+        ends.append((end[0], f"{end[0]:.3f}", color))
         held_x, held = finite(run[x], run["eval_loss"])
         if len(held):
             color = palette.series[1] if len(runs) == 1 else color
@@ -52,7 +53,7 @@ def loss(ax: Axes, runs: list[Run], palette: Palette, x: str = "step") -> None:
             hoverable(line, f"{run.name} held-out")
             if len(runs) > 1:
                 ends.pop()  # one label a run is enough
-            ends.append((float(held[-1]), compact(float(f"{held[-1]:.4g}")), color))
+            ends.append((float(held[-1]), f"{held[-1]:.3f}", color))
     finish(ax, x, ends)
 
 

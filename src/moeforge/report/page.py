@@ -50,7 +50,7 @@ def write_report(paths: list[Path], out: Path | None = None) -> dict[str, Any]:
     the current directory. It appears whole or not at all.
 
     Raises:
-        UserError: no run given, a path without metrics, a run twice, an `out` that cannot be written, no matplotlib.
+        UserError: no run given, a path without metrics, a run twice, no matplotlib, or an unwritable `out`.
     """
     require_matplotlib()
     if not paths:

@@ -70,6 +70,7 @@ def facts(summary: dict[str, Any]) -> list[Fact]:
     s, window = summary, summary["loss_window_steps"]
     span = f"mean of the first and last {window} steps" if window > 1 else "first and last step"
     experts = f"{s['experts']}, top-{s['top_k']}" if s["experts"] else "dense"
+    norm = "off" if s["experts"] and s["gate_norm"] is None else number(s["gate_norm"])
     alpha_known = not math.isnan(s["aux_coef_max"])
     return [
         Fact(
@@ -97,11 +98,7 @@ def facts(summary: dict[str, Any]) -> list[Fact]:
             f"{_parameters(s['parameters_active'])} active a token",
         ),
         Fact("Experts", experts, f"{s['moe_layers']} MoE layers" if s["moe_layers"] else "no MoE layers"),
-        Fact(
-            "Gate norm λ",
-            number(s["gate_norm"]) if s["gate_norm"] is not None else "off",
-            "of the gate logits",
-        ),
+        Fact("Gate norm λ", norm, "of the gate logits"),
     ]
 
 

@@ -55,7 +55,7 @@ def test_the_loss_is_that_of_each_window_by_itself(model: Transformer) -> None:
     ids = torch.tensor([ord(character) % 64 for character in text])
     total, window, stride = 0.0, 16, 4
     for target in range(1, len(ids)):
-        # The first window that holds this target, at begin = stride * n, reaches inputs begin..begin+window-1.
+        # The first window, of those at multiples of the stride, that reaches this target.
         begin = max(0, -(-(target - window) // stride)) * stride
         context = ForwardContext(DenseAttention(1, target - begin))
         with torch.no_grad():

@@ -40,8 +40,8 @@ def held_out_loss(
 ) -> EvalResult:
     """Sum of the cross-entropies of all targets over their number, however they fall into batches.
 
-    Targets of -100 count nothing. No capacity, no dropped tokens, no router statistics: what inference computes.
-    `device` None is where the model is. Raises UserError where there is no target at all.
+    Targets of -100 count nothing. No capacity, no dropped tokens, no router statistics: what inference
+    computes. `device` None is where the model is. Raises UserError where there is no target at all.
     """
     device = next(model.parameters()).device if device is None else device
     # Sums stay on the device, so that it never waits for the host between batches.
@@ -49,7 +49,8 @@ def held_out_loss(
     tokens = torch.zeros((), dtype=torch.int64, device=device)
     for batch in batches:
         batch = batch.to(device)
-        context = ForwardContext(DenseAttention(*batch.tokens.shape, batch.documents))
+        sequences, positions = batch.tokens.shape
+        context = ForwardContext(DenseAttention(sequences, positions, batch.documents))
         hidden = model(batch.tokens.flatten(), batch.positions.flatten(), context)
         loss += model.loss(hidden, batch.targets.flatten(), context)
         tokens += (batch.targets >= 0).sum()

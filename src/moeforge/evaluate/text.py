@@ -17,10 +17,10 @@ _IGNORE = -100
 
 
 def sliding_windows(tokens: list[int], window: int, stride: int) -> Iterator[Batch]:
-    """Windows of `window` tokens, `stride` apart, in batches; each token but the first is a target exactly once.
+    """Windows of `window` tokens, `stride` apart, in batches; each token but the first is a target once.
 
-    So a target sees at least `window - stride` tokens before it, where the text has them. The last window may be
-    padded (document -1). Raises UserError unless 1 <= stride <= window.
+    So a target sees at least `window - stride` tokens before it, where the text has them. The last window may
+    be padded (document -1). Raises UserError unless 1 <= stride <= window.
     """
     if not 1 <= stride <= window:
         raise UserError(f"stride = {stride}: must be between 1 and the window ({window})")
@@ -53,9 +53,34 @@ def _window(sequence: torch.Tensor, begin: int, end: int, done: int, window: int
 
 
 def _stack(rows: list[Batch]) -> Batch:
-    return Batch(
-        *(torch.stack([getattr(row, name) for row in rows]) for name in Batch.__dataclass_fields__)
-    )
+    return Batch(*(torch.stack([getattr(row, name) for row in rows]) for name in Batch.__dataclass_fields__))
+
+
+def evaluate_tokens(
+    model: Transformer,
+    tokens: list[int],
+    window: int = 1024,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+) -> EvalResult:
+    """Loss and perplexity of the first `max_tokens` targets (None: all) through windows `stride` apart.
+
+    `stride` defaults to half a window. Raises UserError for a window beyond the model's positions, fewer than
+    two tokens, or tokens outside the model's vocabulary.
+    """
+    positions, vocab_size = model.config.max_positions, model.config.vocab_size
+    if not 1 <= window <= positions:
+        raise UserError(
+            f"sequence_length = {window}: must be between 1 and the model's positions ({positions})"
+        )
+    if max_tokens is not None:
+        if max_tokens < 1:
+            raise UserError(f"max_tokens = {max_tokens}: must be at least 1")
+        tokens = tokens[: max_tokens + 1]  # the first one predicts only
+    if tokens and max(tokens) >= vocab_size:
+        raise UserError(f"token {max(tokens)}: the model's vocab_size is {vocab_size}; use its own tokenizer")
+    stride = max(1, window // 2) if stride is None else stride
+    return held_out_loss(model, sliding_windows(tokens, window, stride))
 
 
 def evaluate_text(
@@ -66,18 +91,6 @@ def evaluate_text(
     stride: int | None = None,
     max_tokens: int | None = None,
 ) -> EvalResult:
-    """Loss and perplexity of the text's first `max_tokens` tokens (None: all) through windows `stride` apart.
-
-    `tokenizer` is transformers'; it adds its own beginning-of-text token. `stride` defaults to half a window.
-    Raises UserError for a window beyond the model's positions or a text of fewer than two tokens.
-    """
-    positions = model.config.max_positions
-    if not 1 <= window <= positions:
-        raise UserError(f"sequence_length = {window}: must be between 1 and the model's positions ({positions})")
-    if max_tokens is not None and max_tokens < 1:
-        raise UserError(f"max_tokens = {max_tokens}: must be at least 1")
+    """`evaluate_tokens` of a text, as transformers' `tokenizer` encodes it with its own special tokens."""
     tokens = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
-    # n targets need n + 1 tokens.
-    tokens = tokens if max_tokens is None else tokens[: max_tokens + 1]
-    stride = max(1, window // 2) if stride is None else stride
-    return held_out_loss(model, sliding_windows(tokens, window, stride))
+    return evaluate_tokens(model, tokens, window, stride, max_tokens)

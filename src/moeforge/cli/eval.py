@@ -1,0 +1,75 @@
+"""`moeforge eval MODEL`: loss and perplexity on held-out text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moeforge.cli.output import Json, emit
+from moeforge.errors import RunError, UserError
+
+# What training with the defaults (run.seed, data.holdout_fraction) holds out of the running Python's topics.
+_SEED, _HOLDOUT_FRACTION = 0, 0.01
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A model directory, a GGUF file, a hub id or a preset.")],
+    text: Annotated[
+        Path | None,
+        typer.Option(help="A UTF-8 text file; default: held-out topics of Python's documentation."),
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens a window; default: 1024, or the model's positions if fewer.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to predict; default: all.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), bf16 or fp32.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Mean loss (nats a token) and perplexity of a model; a window overlaps half of the one before."""
+    from moeforge.checkpoint import open_checkpoint
+    from moeforge.evaluate import evaluate_text, evaluate_tokens
+    from moeforge.serve.loading import load
+
+    words = None if text is None else _read(text)
+    checkpoint = open_checkpoint(model)
+    window = min(1024, checkpoint.config.max_positions) if sequence_length is None else sequence_length
+    tokenizer = checkpoint.tokenizer()
+    loaded = load(checkpoint, dtype, device)
+    if words is None:
+        result = evaluate_tokens(loaded, _python_topics(tokenizer), window, max_tokens=max_tokens)
+    else:
+        result = evaluate_text(loaded, tokenizer, words, window, max_tokens=max_tokens)
+    if not math.isfinite(result.loss):
+        raise RunError(
+            f"{model}: the loss is {result.loss}; the weights are damaged or overflow in this dtype"
+        )
+    human = f"loss {result.loss:.4f}, perplexity {result.perplexity:.3f} over {result.tokens:,} tokens"
+    emit(dataclasses.asdict(result), json, human)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"text = {str(path)!r}: is not UTF-8 (byte {error.start}); convert it first"
+        ) from None
+    except OSError as error:
+        raise UserError(f"text = {str(path)!r}: cannot be read ({error.strerror})") from None
+
+
+def _python_topics(tokenizer: Any) -> list[int]:
+    """The held-out documentation topics of the running Python, one after another."""
+    from moeforge.data import build_cache, python_source
+
+    with tempfile.TemporaryDirectory(prefix="moeforge-eval-") as directory:
+        (cache,) = build_cache(
+            [python_source(max_bytes=0)], tokenizer, directory, holdout_fraction=_HOLDOUT_FRACTION, seed=_SEED
+        )
+        return list(map(int, cache.held_out.tokens))

@@ -1,0 +1,50 @@
+"""From the names a user gives (a model, a dtype, a device) to a model that is ready to run."""
+
+from __future__ import annotations
+
+import torch
+
+from moeforge.checkpoint import Checkpoint, load_model
+from moeforge.checkpoint.names import EMBED
+from moeforge.errors import UserError
+from moeforge.model import Transformer
+
+_DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp64": torch.float64,
+    "float64": torch.float64,
+}
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device; "auto" is a GPU where there is one. Raises UserError where it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError):
+        here = ", cuda" if torch.cuda.is_available() else " (this machine has no CUDA device)"
+        raise UserError(f"device = {device!r}: must be auto, cpu{here}") from None
+
+
+def pick_dtype(dtype: str, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype to compute in; "auto" is the stored one, and bfloat16 for quantised files.
+
+    Raises UserError for an unknown name.
+    """
+    if dtype != "auto":
+        if dtype not in _DTYPES:
+            raise UserError(f"dtype = {dtype!r}: must be auto, bf16, fp32 or fp64")
+        return _DTYPES[dtype]
+    quantised = checkpoint.path.suffix == ".gguf"
+    stored = checkpoint.dtype(EMBED)
+    return stored if stored in _DTYPES.values() and not quantised else torch.bfloat16
+
+
+def load(checkpoint: Checkpoint, dtype: str = "auto", device: str = "auto") -> Transformer:
+    """The checkpoint's model, in evaluation mode. Raises UserError for what cannot be loaded."""
+    chosen = pick_dtype(dtype, checkpoint)
+    return load_model(checkpoint, chosen, pick_device(device)).eval().requires_grad_(False)

@@ -75,7 +75,7 @@ def _human(config: ModelConfig, result: dict[str, Any]) -> Group:
     units = Table("units", "kind", "parameters each", "active each", box=None, pad_edge=False)
     for column in units.columns[2:]:
         column.justify = "right"
-    for names, unit in _runs(result["units"]):
+    for names, unit, _ in unit_runs(result["units"]):
         units.add_row(names, unit["kind"], f"{unit['params']:,}", f"{unit['params_active']:,}")
     return Group(facts, "", units)
 
@@ -98,12 +98,13 @@ def _facts(config: ModelConfig, result: dict[str, Any]) -> dict[str, str]:
     return facts
 
 
-def _runs(units: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Units with the same figures in one row, in the order of their first: `layers.0-29.attention`."""
+def unit_runs(units: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any], list[str]]]:
+    """Units with the same figures together, in the order of their first: ("layers.0-29.attention", figures, names)."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for unit in units:
         groups.setdefault((unit["kind"], unit["params"], unit["params_active"]), []).append(unit)
-    return [(_span([unit["unit"] for unit in group]), group[0]) for group in groups.values()]
+    named = [([unit["unit"] for unit in group], group[0]) for group in groups.values()]
+    return [(_span(names), unit, names) for names, unit in named]
 
 
 def _span(names: list[str]) -> str:

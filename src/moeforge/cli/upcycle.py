@@ -23,10 +23,7 @@ StoredType = Literal["keep", "bf16", "fp32"]
 def command(
     source: Annotated[
         str,
-        typer.Argument(
-            metavar="SRC",
-            help="Dense model: directory, .gguf file, hub id or preset; several donors with commas.",
-        ),
+        typer.Argument(metavar="SRC", help="Dense model: directory, .gguf file, hub id or preset."),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Model directory to write; must not exist.")],
     experts: Annotated[int, typer.Option(help="Experts in a layer of the result.")] = 8,
@@ -57,6 +54,9 @@ def command(
     noise_std: Annotated[float, typer.Option(help="noise: its size, as a share of each matrix's.")] = 0.01,
     noise_fraction: Annotated[float, typer.Option(help="noise: share of the units that get it.")] = 1.0,
     drop_ratio: Annotated[float, typer.Option(help="drop: share of the units drawn anew.")] = 0.5,
+    donor: Annotated[
+        list[str] | None, typer.Option(help="A further dense model of SRC's shape; experts in equal blocks.")
+    ] = None,
     shared: Annotated[
         Shared, typer.Option(help="Several donors: where all weights but the experts' come from.")
     ] = "average",
@@ -77,7 +77,7 @@ def command(
         layer_frequency=layer_frequency, granularity=granularity, scaling=scaling, renormalize=renormalize,
         noise_std=noise_std, noise_fraction=noise_fraction, drop_ratio=drop_ratio, shared=shared, dtype=dtype,
     )  # fmt: skip
-    donors = [open_checkpoint(name.strip()) for name in source.split(",")]
+    donors = [open_checkpoint(name) for name in (source, *(donor or ()))]
     config.model_config(donors[0].config)
     tokens = sample_tokens(donors[0], words) if verify else None
     with _bar("upcycling", "bytes") as progress:

@@ -158,5 +158,8 @@ class ModelConfig:
         return cls(**data)
 
     def fingerprint(self) -> str:
-        """Short hash of the configuration; plans carry it, so that they are not used on another model."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        """Short hash of what shapes and weights depend on; plans carry it, so that they are not used on another model."""
+        data = self.to_dict()
+        for name in ("family", "bos_token_id", "eos_token_ids"):
+            del data[name]
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

@@ -39,9 +39,6 @@ class RunSection(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=0, description="Seed of data order, of new weights and of sampling."
     )
-    log_every: Count = Field(
-        default=1, description="Steps between two progress lines (metrics.jsonl has a row for every step)."
-    )
     similarity_every: CountOrZero = Field(
         default=20, description="Steps between two measurements of expert similarity (0 = never)."
     )

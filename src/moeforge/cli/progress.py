@@ -1,0 +1,50 @@
+"""The progress bar of a training run."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class TrainingBar:
+    """Shows step, loss, tokens a second, drop rate and alpha of the rows that a trainer reports."""
+
+    def __init__(self, console: Console, title: str, steps: int, done: int = 0) -> None:
+        self._console, self._title = console, title
+        self._every = max(1, steps // 10)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._progress.add_task(title, total=steps, completed=done, note="")
+
+    def __enter__(self) -> TrainingBar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """Take one row of metrics."""
+        note = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tok/s"
+        if row["moe"]:
+            drop = sum(layer["drop_rate"] for layer in row["moe"]) / len(row["moe"])
+            alpha = sum(layer["aux_coef"] for layer in row["moe"]) / len(row["moe"])
+            note += f"  drop {drop:.3f}  α {alpha:.4f}"
+        if "eval_loss" in row:
+            note += f"  held-out {row['eval_loss']:.4f}"
+        self._progress.update(self._task, completed=row["step"], note=note)
+        # Where no bar can be drawn (a log file, CI) a line now and then says the same.
+        if not self._console.is_terminal and (row["step"] % self._every == 0 or "eval_loss" in row):
+            self._console.print(f"{self._title}: step {row['step']}  {note}", soft_wrap=True)

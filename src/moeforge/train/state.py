@@ -1,0 +1,113 @@
+"""Training checkpoints: a model directory plus what an exact resume needs, complete or absent."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moeforge.checkpoint import Checkpoint, save_model
+from moeforge.errors import RunError, UserError
+from moeforge.model import Transformer
+
+_PREFIX = "step-"
+_OPTIMIZER = "optimizer.safetensors"
+_TRAINER = "trainer.json"
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Where a run stands after `step` optimiser steps. `position` is the next global sequence number; `config`
+    the resolved configuration; `alpha` the balance coefficients."""
+
+    step: int
+    position: int
+    tokens: int
+    alpha: list[float]
+    config: dict[str, Any]
+
+
+def checkpoint_directory(run_dir: Path, step: int) -> Path:
+    """run_dir/checkpoints/step-00000100"""
+    return run_dir / "checkpoints" / f"{_PREFIX}{step:08d}"
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted((run_dir / "checkpoints").glob(f"{_PREFIX}*"))
+
+
+def save_checkpoint(
+    run_dir: Path,
+    model: Transformer,
+    optimizer_state: Iterable[tuple[str, Tensor]],
+    state: TrainerState,
+    tokenizer_from: Checkpoint,
+    keep: int,
+) -> Path:
+    """Write a checkpoint under a temporary name, rename it, then delete the oldest beyond `keep`.
+
+    Raises RunError naming the last complete checkpoint if the disk is full; nothing half-written is left.
+    """
+    final = checkpoint_directory(run_dir, state.step)
+    draft = final.with_name(f".{final.name}.saving")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in final.parent.glob(".*"):  # of a killed save
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        save_model(model, draft, tokenizer_from=tokenizer_from)
+        save_file({name: tensor.detach().cpu() for name, tensor in optimizer_state}, draft / _OPTIMIZER)
+        (draft / _TRAINER).write_text(json.dumps(asdict(state), indent=2))
+        for path in draft.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if final.exists():
+            shutil.rmtree(final)
+        draft.rename(final)
+    except (OSError, SafetensorError, RunError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        for leftover in final.parent.glob(".*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        done = checkpoints(run_dir)
+        saved = f"the last complete checkpoint is {done[-1]}" if done else "no checkpoint was saved before"
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full else str(error).splitlines()[0]
+        raise RunError(f"{final}: cannot save the checkpoint of step {state.step} ({reason}); {saved}") from error
+    for old in checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_trainer_state(directory: Path) -> TrainerState:
+    """Raises UserError if `directory` is no complete training checkpoint."""
+    try:
+        return TrainerState(**json.loads((directory / _TRAINER).read_text()))
+    except (OSError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"--resume {directory}: not a training checkpoint ({_TRAINER} is missing or damaged); name a directory "
+            f"like runs/x/checkpoints/{_PREFIX}00000100"
+        ) from error
+
+
+def load_optimizer_state(directory: Path) -> dict[str, Tensor]:
+    """Masters and moments by name. Raises UserError for a damaged file."""
+    try:
+        with safe_open(directory / _OPTIMIZER, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{directory / _OPTIMIZER}: cannot be read ({error}); resume from another checkpoint") from error
+
+
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of all tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors)

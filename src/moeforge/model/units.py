@@ -118,7 +118,9 @@ class MoEFeedForward(nn.Module):
     def forward(self, x_TD: Tensor, rotary: Rotary, context: ForwardContext) -> Tensor:
         u_TD, routing = self.router(rms_norm(x_TD, self.norm.weight, self.eps), context)
         layer = self.router.layer
-        return x_TD + context.dispatcher.route(layer, u_TD, *routing, self.num_experts, self.experts)
+        return x_TD + context.dispatcher.route(
+            layer, u_TD, *routing, num_experts=self.num_experts, experts=self.experts
+        )
 
 
 class Head(nn.Module):

@@ -116,10 +116,11 @@ class MoEFeedForward(nn.Module):
         self.experts = Experts(config.hidden_size, experts, columns)
 
     def forward(self, x_TD: Tensor, rotary: Rotary, context: ForwardContext) -> Tensor:
-        u_TD, routing = self.router(rms_norm(x_TD, self.norm.weight, self.eps), context)
-        layer = self.router.layer
+        u_TD, (weights_TK, experts_TK, kept_TK) = self.router(
+            rms_norm(x_TD, self.norm.weight, self.eps), context
+        )
         return x_TD + context.dispatcher.route(
-            layer, u_TD, *routing, num_experts=self.num_experts, experts=self.experts
+            self.router.layer, u_TD, weights_TK, experts_TK, kept_TK, self.num_experts, self.experts
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,45 +72,3 @@ def test_a_tokenizer_larger_than_the_embedding(saved: Path) -> None:
     with pytest.raises(UserError, match="68 tokens but the embedding only 67 rows"):
         checkpoint.tokenizer()
     check_tokenizer(67, checkpoint)
-
-
-@pytest.mark.parametrize("text", [None, "{", '{"version": 3}'])
-def test_no_tokenizer(saved: Path, text: str | None) -> None:
-    if text is not None:
-        (saved / "tokenizer.json").write_text(text)
-    with pytest.raises(UserError, match="no tokenizer can be loaded") as caught:
-        open_checkpoint(saved).tokenizer()
-    assert "\n" not in str(caught.value)
-
-
-def _write_sentencepiece(directory: Path, content: bytes) -> None:
-    settings = {
-        "tokenizer_class": "SkyworkTokenizer",
-        "auto_map": {"AutoTokenizer": ["tokenization_skywork.SkyworkTokenizer", None]},
-        "add_bos_token": True, "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>",
-        "unk_token": "<unk>",
-    }  # fmt: skip
-    (directory / "tokenizer.model").write_bytes(content)
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-
-
-def test_a_skywork_tokenizer_is_read_without_remote_code(saved: Path) -> None:
-    pytest.importorskip("sentencepiece")
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = sentencepiece_model_pb2.ModelProto()
-    model.trainer_spec.model_type = 2  # BPE
-    model.trainer_spec.unk_id, model.trainer_spec.bos_id, model.trainer_spec.eos_id = 0, 1, 2
-    for piece, kind in (("<unk>", 2), ("<s>", 3), ("</s>", 3)):
-        model.pieces.add(piece=piece, score=0.0, type=kind)
-    for i, piece in enumerate(["\u2581a", "\u2581b", "\u2581", "a", "b"]):
-        model.pieces.add(piece=piece, score=float(-i), type=1)
-    _write_sentencepiece(saved, model.SerializeToString())
-    assert open_checkpoint(saved).tokenizer()("a b").input_ids == [1, 3, 4]
-
-
-def test_a_missing_sentencepiece_is_named(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moeforge.checkpoint.opened.find_spec", lambda _: None)
-    _write_sentencepiece(saved, b"not a model")
-    with pytest.raises(UserError, match="pip install sentencepiece"):
-        open_checkpoint(saved).tokenizer()

@@ -179,7 +179,8 @@ def _llama3_scaling(path: Path, divisors: np.ndarray, theta: float, head_dim: in
     """
     wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     ramp = np.clip((8192 / wavelength - 1.0) / (4.0 - 1.0), 0.0, 1.0)
-    factor = round(float(divisors.max()), 3)
+    last = min(float(ramp[-1]), 0.99)
+    factor = round((1 - last) / (1 / float(divisors[-1]) - last), 3)
     if not np.allclose(1.0 / ((1 - ramp) / factor + ramp), divisors, rtol=1e-3):
         raise UserError(f"{path}: rope_freqs.weight is not Llama 3.1's scaling, the only one supported there")
     return {

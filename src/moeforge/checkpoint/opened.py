@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +10,10 @@ from torch import Tensor
 
 from moeforge.checkpoint.families import canonical_name
 from moeforge.checkpoint.names import canonical_shapes
-from moeforge.checkpoint.source import Shape, WeightSource, first_line
+from moeforge.checkpoint.source import Shape, WeightSource
+from moeforge.checkpoint.tokenizer import copy_tokenizer, load_tokenizer, tokenizer_files
 from moeforge.config.model import ModelConfig
 from moeforge.errors import UserError
-
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-    "generation_config.json",
-)  # fmt: skip
 
 
 class Checkpoint:
@@ -74,45 +66,20 @@ class Checkpoint:
     @property
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's own files; empty where it is inside the GGUF file."""
-        if self.path.is_file():
-            return []
-        return [self.path / name for name in _TOKENIZER_FILES if (self.path / name).is_file()]
+        return tokenizer_files(self.path)
 
     def tokenizer(self) -> Any:
         """The tokenizer, as transformers loads it.
 
         Raises UserError if there is none, or if it has more tokens than the embedding has rows.
         """
-        from transformers import AutoTokenizer, LlamaTokenizer
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        try:
-            if self.path.is_file():
-                tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
-            elif self._tokenizer_class() == "SkyworkTokenizer":
-                # Skywork's class is remote code around Llama's SentencePiece tokenizer (formats.md 1).
-                tokenizer = LlamaTokenizer.from_pretrained(self.path)
-            else:
-                tokenizer = AutoTokenizer.from_pretrained(self.path)
-        except Exception as error:  # transformers raises whatever its parsers raise
-            reason = first_line(error)
-            if (self.path / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
-                reason = "its tokenizer.model needs the package sentencepiece: pip install sentencepiece"
-            raise UserError(f"{self.path}: no tokenizer can be loaded from it ({reason})") from error
+        tokenizer = load_tokenizer(self.path)
         check_tokenizer(len(tokenizer), self)
         return tokenizer
 
-    def _tokenizer_class(self) -> str | None:
-        file = self.path / "tokenizer_config.json"
-        return json.loads(file.read_text()).get("tokenizer_class") if file.is_file() else None
-
-    def copy_tokenizer(self, directory: Path) -> None:
+    def copy_tokenizer(self, directory: str | Path) -> None:
         """Give a model directory this tokenizer: its files as they are, or those made from GGUF metadata."""
-        if self.path.is_file():
-            self.tokenizer().save_pretrained(directory, save_jinja_files=False)
-        for file in self.tokenizer_files:
-            shutil.copyfile(file, Path(directory) / file.name)
+        copy_tokenizer(self.path, Path(directory))
 
 
 def check_tokenizer(tokens: int, checkpoint: Checkpoint) -> None:

@@ -13,7 +13,10 @@ HFConfig = dict[str, Any]
 
 def rope_from_hf(family: str, hf: HFConfig, positions: int) -> tuple[RopeConfig, int]:
     """(rotary configuration, longest position accepted); `positions` is max_position_embeddings."""
-    scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    key = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
+    scaling = hf.get(key) or {}
+    if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
+        raise UserError(f"config.json: {key} = {scaling!r}: must be one mapping for all layers")
     theta = float(scaling.get("rope_theta") or hf["rope_theta"] or 1e4)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
@@ -30,36 +33,44 @@ def rope_from_hf(family: str, hf: HFConfig, positions: int) -> tuple[RopeConfig,
     original = int(original or hf.get("original_max_position_embeddings") or positions)
     if factor is None and kind == "yarn":
         factor = positions / original
-    if not isinstance(factor, int | float) or factor < 1:
-        raise UserError(f"config.json: rope_scaling.factor = {factor}: must be a number of at least 1")
+    factor = _number({"factor": factor}, "factor", at_least=1.0)
     if kind == "ntk" and family.startswith("skywork"):  # Skywork's own kind: a static change of the base
         return RopeConfig(theta=theta * factor), positions
     if kind == "linear":
-        return RopeConfig(theta=theta, kind="linear", factor=float(factor)), positions
+        return RopeConfig(theta=theta, kind="linear", factor=factor), positions
     if kind == "dynamic":
-        rope = RopeConfig(theta=theta, kind="dynamic", factor=float(factor), original_max_positions=positions)
+        rope = RopeConfig(theta=theta, kind="dynamic", factor=factor, original_max_positions=positions)
         return rope, int(positions * factor)
     if kind == "llama3":
         return RopeConfig(
             theta=theta,
             kind="llama3",
-            factor=float(factor),
+            factor=factor,
             original_max_positions=original,
-            low_freq_factor=float(scaling["low_freq_factor"]),
-            high_freq_factor=float(scaling["high_freq_factor"]),
+            low_freq_factor=_number(scaling, "low_freq_factor"),
+            high_freq_factor=_number(scaling, "high_freq_factor"),
         ), positions
     if kind == "yarn" and scaling.get("truncate", True):
         return RopeConfig(
             theta=theta,
             kind="yarn",
-            factor=float(factor),
+            factor=factor,
             original_max_positions=original,
             beta_fast=float(scaling.get("beta_fast") or 32),
             beta_slow=float(scaling.get("beta_slow") or 1),
-            attention_factor=_yarn_attention_factor(scaling, float(factor)),
+            attention_factor=_yarn_attention_factor(scaling, factor),
         ), positions
     what = "rope_scaling.truncate = false" if kind == "yarn" else f"rope_scaling.rope_type = {kind!r}"
     raise UserError(f"config.json: {what} is not supported; only default, linear, dynamic, llama3 and yarn")
+
+
+def _number(scaling: HFConfig, key: str, at_least: float = 0.0) -> float:
+    value = scaling.get(key)
+    if not isinstance(value, int | float) or value < at_least:
+        raise UserError(
+            f"config.json: rope_scaling.{key} = {value}: must be a number of at least {at_least:g}"
+        )
+    return float(value)
 
 
 def _yarn_attention_factor(scaling: HFConfig, factor: float) -> float | None:

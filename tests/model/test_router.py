@@ -272,6 +272,15 @@ def test_statistics_by_hand() -> None:
         torch.testing.assert_close(totals[name], value.detach(), rtol=1e-10, atol=1e-12)
 
 
+def test_statistics_of_a_saturated_gate_are_finite() -> None:
+    router = make_router(torch.float32, gate_norm=None)
+    with torch.no_grad():
+        router.weight.mul_(1e4)
+    record = make_record(router, 3)
+    router(torch.randn(4, D), context(RoutingGroups(1, torch.tensor([True, True, False, True])), record))
+    assert torch.isfinite(record.values).all()
+
+
 def test_gate_is_computed_in_float32_from_bf16() -> None:
     router = make_router(torch.bfloat16, router_bias=True)
     x = torch.randn(8, D).bfloat16()

@@ -145,7 +145,8 @@ class Router(nn.Module):
             x_TD = _AttachLoss.apply(x_TD, aux, record.alpha_of(self.layer) / record.routed_tokens)
         with torch.no_grad():
             top = torch.topk(chosen.logits, min(3, e), dim=1).values
-            ratio = (top[:, :-1] - top[:, 1:]).exp() * valid[:, None]
+            # Capped below float32's overflow: unnormalised logits may lie further apart, and inf * 0 is NaN.
+            ratio = (top[:, :-1] - top[:, 1:]).clamp_max(80.0).exp() * valid[:, None]
             p = chosen.probabilities
             scalars = {
                 "tokens": tokens_n.sum(),

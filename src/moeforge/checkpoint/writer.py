@@ -54,7 +54,8 @@ class ShardWriter:
         self._shard_bytes = shard_bytes
         self._shards: list[dict[str, Any]] = []
         self._header: dict[str, Any] = {}
-        self._names: list[str] = []
+        self._names: dict[str, None] = {}
+        self._done: set[str] = set()
         self._file: BinaryIO | None = None
         self._offset = 0
         self._dtype = ""
@@ -62,14 +63,14 @@ class ShardWriter:
 
     @property
     def done(self) -> set[str]:
-        """Canonical names that are in closed shards."""
-        return {name for shard in self._shards for name in shard["names"]}
+        """Canonical names that are in closed shards by now."""
+        return set(self._done)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append one weight. Raises ValueError for a name or shape that is not the model's."""
         if self._shapes.get(name) != tuple(tensor.shape):
             raise ValueError(f"{name} {tuple(tensor.shape)}: the model has {self._shapes.get(name)}")
-        if name in self._names or name in self.done:
+        if name in self._names or name in self._done:
             raise ValueError(f"{name}: written twice")
         size = tensor.numel() * tensor.element_size()
         if self._names and self._offset + size > self._shard_bytes:
@@ -87,14 +88,14 @@ class ShardWriter:
             "shape": list(tensor.shape),
             "data_offsets": [self._offset, self._offset + size],
         }
-        self._names.append(name)
+        self._names[name] = None
         self._offset += size
 
     def finish(self) -> Path:
         """Close the last shard, write index and config.json, and let the directory appear. Returns it."""
         if self._names:
             self._close_shard()
-        if missing := [name for name in self._shapes if name not in self.done]:
+        if missing := [name for name in self._shapes if name not in self._done]:
             raise ValueError(f"{len(missing)} weights were never added, the first is {missing[0]}")
         with self._disk_faults():
             weight_map: dict[str, str] = {}
@@ -140,10 +141,11 @@ class ShardWriter:
             self._file.close()
             name = f"shard-{len(self._shards) + 1:05d}.safetensors"
             (self.partial / "shard.tmp").rename(self.partial / name)
-            shard = {"file": name, "bytes": self._offset, "dtype": self._dtype, "names": self._names}
+            shard = {"file": name, "bytes": self._offset, "dtype": self._dtype, "names": list(self._names)}
             self._append_journal(shard)
         self._shards.append(shard)
-        self._file, self._header, self._names, self._offset = None, {}, [], 0
+        self._done.update(self._names)
+        self._file, self._header, self._names, self._offset = None, {}, {}, 0
 
     def _append_journal(self, entry: dict[str, Any]) -> None:
         with (self.partial / _JOURNAL).open("a", encoding="utf-8") as file:
@@ -155,6 +157,7 @@ class ShardWriter:
         entries = _read_journal(self.partial / _JOURNAL)
         if entries and entries[0] == identity:
             self._shards = entries[1:]
+            self._done = {name for shard in self._shards for name in shard["names"]}
             self._dtype = self._shards[0]["dtype"] if self._shards else ""
             return
         with self._disk_faults():
@@ -170,7 +173,7 @@ class ShardWriter:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise RunError(
-                f"{self.directory}: the disk is full ({error.strerror}); {len(self.done)} of "
+                f"{self.directory}: the disk is full ({error.strerror}); {len(self._done)} of "
                 f"{len(self._shapes)} weights are saved in {self.partial}: free space and run again to go on"
             ) from None
 

@@ -27,6 +27,7 @@ _ARCHITECTURES = {
     "moeforge": "MoeforgeForCausalLM",
 }  # fmt: skip
 
+_QK_NORMS: dict[str, QKNorm] = {"qwen3": "head", "qwen3_moe": "head", "olmoe": "full"}
 _COMMON: HFConfig = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "bos_token_id": None, "eos_token_id": None}
 _LLAMA: HFConfig = {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 2048}
 _QWEN: HFConfig = {"max_position_embeddings": 32768, "sliding_window": 4096, "num_key_value_heads": 32}
@@ -65,13 +66,9 @@ def model_config_from_hf(data: HFConfig, names: Iterable[str] | None = None) -> 
         return _from_own(data)
     hf = {**_COMMON, **_DEFAULTS[family], **data}
     _refuse_unsupported(hf)
-    moe = _moe(family, hf, names or ())
-    heads = _size(hf, "num_attention_heads")
-    hidden = _size(hf, "hidden_size")
+    heads, hidden = _size(hf, "num_attention_heads"), _size(hf, "hidden_size")
     window, first_window_layer = _sliding_window(family, hf)
     rope, max_positions = rope_from_hf(family, hf, _size(hf, "max_position_embeddings"))
-    attention_bias = bool(hf.get("attention_bias"))
-    qk_norm: dict[str, QKNorm] = {"qwen3": "head", "qwen3_moe": "head", "olmoe": "full"}
     return ModelConfig(
         vocab_size=_size(hf, "vocab_size"),
         hidden_size=hidden,
@@ -84,12 +81,12 @@ def model_config_from_hf(data: HFConfig, names: Iterable[str] | None = None) -> 
         rope=rope,
         max_positions=max_positions,
         tie_embeddings=bool(hf.get("tie_word_embeddings")),
-        qkv_bias=attention_bias or family == "qwen2",
-        output_bias=attention_bias and family != "qwen2",
-        qk_norm=qk_norm.get(family, "none"),
+        qkv_bias=bool(hf.get("attention_bias")) or family == "qwen2",
+        output_bias=bool(hf.get("attention_bias")) and family != "qwen2",
+        qk_norm=_QK_NORMS.get(family, "none"),
         sliding_window=window,
         sliding_window_first_layer=first_window_layer,
-        moe=moe,
+        moe=_moe(family, hf, names or ()),
         family=family,
         bos_token_id=hf["bos_token_id"],
         eos_token_ids=_token_ids(hf["eos_token_id"]),
@@ -119,8 +116,7 @@ def on_disk_form(config: ModelConfig) -> str:
 def model_config_to_hf(config: ModelConfig, dtype: str = "bfloat16") -> HFConfig:
     """config.json of this model in its `on_disk_form`, with the keys of transformers 4 and 5 side by side."""
     c, form = config, on_disk_form(config)
-    eos = list(c.eos_token_ids)
-    scaling = rope_scaling_to_hf(c.rope)
+    eos, scaling = list(c.eos_token_ids), rope_scaling_to_hf(c.rope)
     dynamic = c.rope.kind == "dynamic"
     data: HFConfig = {
         "architectures": [_ARCHITECTURES[form]],

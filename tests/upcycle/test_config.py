@@ -65,6 +65,7 @@ def test_gate_norm_is_on_where_it_is_defined() -> None:
     assert gate_norm() == 1.0
     assert gate_norm(gate_norm=None) is None
     assert gate_norm(num_experts=2) is None
+    assert gate_norm(top_k=1, renormalize=False) is None
     assert gate_norm(gate_norm=2.0) == 2.0
 
 

@@ -24,11 +24,11 @@ class UpcycleConfig:
     """How a dense model becomes a mixture of experts. docs/upcycling.md explains every method.
 
     `num_experts` and `top_k` count the experts of the result. `gate_norm` is lambda of the gating-logit
-    normalisation, None for plain softmax, "auto" for 1.0 where it is defined (E >= 3). `granularity`
-    (virtual-group only) cuts each of the E / G copies of the FFN into G experts; None takes G = K, one
-    whole copy a token. `noise_std` is a share of each matrix's own standard deviation; `noise_fraction` and
-    `drop_ratio` are shares of the F intermediate units. `dtype` "keep" writes what is stored (GGUF weights
-    come as float32).
+    normalisation, None for plain softmax, "auto" for 1.0 where it is defined (E >= 3) and weights are
+    renormalised. `granularity` (virtual-group only) cuts each of the E / G copies of the FFN into G
+    experts; None takes G = K, one whole copy a token. `noise_std` is a share of each matrix's own standard
+    deviation; `noise_fraction` and `drop_ratio` are shares of the F intermediate units. `dtype` "keep"
+    writes what is stored (GGUF weights come as float32).
     """
 
     num_experts: int = 8
@@ -130,7 +130,8 @@ class UpcycleConfig:
             raise UserError(
                 f"upcycle layer_frequency = {self.layer_frequency}: the model has {dense.num_layers} layers"
             )
-        gate_norm = (1.0 if self.num_experts >= 3 else None) if self.gate_norm == "auto" else self.gate_norm
+        default = 1.0 if self.num_experts >= 3 and self.renormalize else None
+        gate_norm = default if self.gate_norm == "auto" else self.gate_norm
         moe = MoEConfig(
             num_experts=self.num_experts,
             top_k=self.top_k,

@@ -63,8 +63,7 @@ def drop(ffn: FFN, rng: torch.Generator, ratio: float = 0.5) -> FFN:
 
     def redrawn(weight: Tensor, dim: int) -> Tensor:
         part = _wide(weight.index_select(dim, units))
-        mean, std = part.mean(), _deviation(part)
-        part = torch.randn(part.shape, generator=rng, dtype=part.dtype).mul_(std).add_(mean)
+        part.normal_(part.mean().item(), _deviation(part).item(), generator=rng)
         return weight.index_copy(dim, units, part.to(weight.dtype))
 
     return FFN(redrawn(ffn.w1, 0), redrawn(ffn.w3, 0), redrawn(ffn.w2, 1))

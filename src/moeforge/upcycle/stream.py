@@ -71,7 +71,7 @@ def upcycle(
         check_remains(out, interrupted_job(out), this)
         require_disk_space(out, sum(sizes.values()) - _bytes_in(partial_directory(out)))
         writer = ShardWriter(out, target, shard_bytes, this)
-        done = writer.done
+        done = frozenset(writer.done)
         try:
             donors[0].copy_tokenizer(writer.partial)
             written = 0

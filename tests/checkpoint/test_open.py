@@ -65,3 +65,28 @@ def test_end_tokens_of_the_generation_config_count(saved: Path) -> None:
 
 def test_a_path_may_be_a_string(saved: Path) -> None:
     assert open_checkpoint(str(saved)).path == saved
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_one_format_is_downloaded_and_the_cache_serves_offline(
+    saved: Path, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, object]] = []
+
+    def download(hub_id: str, **wanted: object) -> str:
+        asked.append(wanted)
+        return str(saved)
+
+    sibling = type("Sibling", (), {"rfilename": weights})
+    answers = iter([type("Info", (), {"siblings": [sibling]})(), None])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: next(answers))
+    assert open_checkpoint("some/model").config.vocab_size == 67
+    patterns = asked[0]["allow_patterns"]
+    assert isinstance(patterns, list)
+    assert ("*.safetensors" in patterns, "pytorch_model*.bin" in patterns) == (
+        weights == "model.safetensors",
+        weights != "model.safetensors",
+    )
+    open_checkpoint("some/model")  # the hub's answer is None now, as good as no answer
+    assert asked[-1] == {"local_files_only": True}

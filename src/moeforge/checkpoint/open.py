@@ -95,20 +95,19 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        files = HfApi().list_repo_files(hub_id)
-        weights = (
-            "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "pytorch_model*.bin"
-        )
+        files = [file.rfilename for file in HfApi().model_info(hub_id, timeout=10).siblings or ()]
+        safe = any(file.endswith(".safetensors") for file in files)
+        weights = "*.safetensors" if safe else "pytorch_model*.bin"
         return Path(snapshot_download(hub_id, allow_patterns=[*_HUB_METADATA, weights]))
-    except (RepositoryNotFoundError, HfHubHTTPError) as error:
+    except HfHubHTTPError as error:
         raise UserError(
             f"model = {hub_id!r}: no such directory here, and the hub answers: {first_line(error)}"
         ) from None
-    except (LocalEntryNotFoundError, OSError) as error:
-        return _from_cache(hub_id, type(error).__name__)
+    except Exception as error:  # each HTTP library has its own kinds of "cannot be reached"
+        return _from_cache(hub_id, first_line(error))
 
 
 def _from_cache(hub_id: str, reason: str) -> Path:

@@ -51,9 +51,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_runs_without_the_source_tree(installed: Path, tmp_path: Path) -> None:
-    where = _python(
-        "-c", "import moeforge; print(moeforge.__file__)", cwd=tmp_path, PYTHONPATH=str(installed)
-    )
+    where = _python("-c", "import moeforge; print(moeforge.__file__)", cwd=tmp_path, PYTHONPATH=str(installed))
     assert where.stdout.strip() == str(installed / "moeforge" / "__init__.py")
     version = _python("-m", "moeforge", "--version", cwd=tmp_path, PYTHONPATH=str(installed))
     (info,) = installed.glob("moeforge-*.dist-info")

@@ -77,9 +77,7 @@ class _Harmful:
 def test_code_is_never_run(as_bin: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(as_bin)
     with (as_bin / "pytorch_model.bin").open("wb") as file:
-        torch.save({"model.norm.weight": _Harmful()}, file) if kind == "torch" else pickle.dump(
-            _Harmful(), file
-        )
+        torch.save({"model.norm.weight": _Harmful()}, file) if kind == "torch" else pickle.dump(_Harmful(), file)
     assert "not a weights-only checkpoint" in _refusal(as_bin)
     assert not (as_bin / "harmed").exists()
 

@@ -239,9 +239,7 @@ def test_partial_rotary(tmp_path: Path, llama: Path) -> None:
     assert "partial_rotary_factor = 0.5" in _refusal(tmp_path / "a.gguf")
 
 
-def test_a_quantisation_that_cannot_be_read(
-    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_quantisation_that_cannot_be_read(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write(tmp_path / "a.gguf", llama, "llama", GGMLQuantizationType.Q8_0)
     monkeypatch.delitem(gguf.quants._type_traits, GGMLQuantizationType.Q8_0)
     assert "token_embd.weight is quantised as Q8_0, which cannot be read" in _refusal(tmp_path / "a.gguf")

@@ -70,9 +70,7 @@ def test_a_group_holds_its_query_heads_then_its_key_then_its_value() -> None:
     config = _config("dense")
     weights = _weights(config)
     qkv = dict(fuse(config, weights.__getitem__))["layers.0.attention.qkv.weight"].unflatten(0, (2, 5, 4))
-    q, k, v = (
-        weights[f"model.layers.0.self_attn.{part}_proj.weight"].unflatten(0, (-1, 4)) for part in "qkv"
-    )
+    q, k, v = (weights[f"model.layers.0.self_attn.{part}_proj.weight"].unflatten(0, (-1, 4)) for part in "qkv")
     for group in range(2):
         assert torch.equal(qkv[group, :3], q[3 * group : 3 * group + 3])
         assert torch.equal(qkv[group, 3], k[group])

@@ -36,9 +36,7 @@ def test_missing_weights_are_counted_and_named(saved: Path) -> None:
 
 
 def test_weights_that_do_not_belong_are_named(saved: Path) -> None:
-    message = _change(
-        saved, lambda state: state.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})
-    )
+    message = _change(saved, lambda state: state.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}))
     assert "1 tensors not part of this model: model.layers.0.self_attn.q_proj.bias" in message
 
 

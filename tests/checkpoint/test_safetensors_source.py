@@ -48,9 +48,7 @@ def test_a_truncated_file_is_named(saved: Path, keep: int) -> None:
 
 
 def test_a_pointer_instead_of_the_file(saved: Path) -> None:
-    (saved / "model.safetensors").write_text(
-        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
-    )
+    (saved / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
     assert "half-downloaded" in _refusal(saved)
 
 

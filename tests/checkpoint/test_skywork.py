@@ -28,9 +28,7 @@ def _config(**changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_bin_shards(
-    directory: Path, state: dict[str, Tensor], config: dict[str, Any], shards: int = 3
-) -> None:
+def write_bin_shards(directory: Path, state: dict[str, Tensor], config: dict[str, Any], shards: int = 3) -> None:
     """`pytorch_model-0000i-of-0000n.bin` with an index, as PyTorch-era checkpoints are."""
     directory.mkdir()
     names = list(state)
@@ -83,9 +81,7 @@ def _normalised_gate(lam: float) -> Callable[..., tuple[Tensor, Tensor, Tensor]]
     return forward
 
 
-@pytest.mark.parametrize(
-    "gating", ["moe_feature_no_mul_topk", "moe_use_skywork_gating", "moe_use_mixtral_gating"]
-)
+@pytest.mark.parametrize("gating", ["moe_feature_no_mul_topk", "moe_use_skywork_gating", "moe_use_mixtral_gating"])
 def test_skywork_moe_divides_its_gate_by_the_standard_deviation(
     tmp_path: Path, tiny: Tiny, our_logits: Any, their_logits: Any, gating: str
 ) -> None:

@@ -10,12 +10,8 @@ from rich.console import Console
 from moeforge.cli.inspect import _human, describe
 from moeforge.config.model import ModelConfig, MoEConfig
 
-DENSE = ModelConfig(
-    vocab_size=96, hidden_size=32, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=64
-)
-MOE = MoEConfig(
-    num_experts=5, top_k=2, expert_size=24, gate_norm=1.0, gate_norm_learned=True, router_bias=True
-)
+DENSE = ModelConfig(vocab_size=96, hidden_size=32, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=64)
+MOE = MoEConfig(num_experts=5, top_k=2, expert_size=24, gate_norm=1.0, gate_norm_learned=True, router_bias=True)
 CONFIGS = {
     "dense": {},
     "tied, biases, q/k norms": {
@@ -44,9 +40,7 @@ def test_counts_agree_with_the_configuration(changes: dict[str, object]) -> None
 
 
 def test_equal_units_share_a_row() -> None:
-    config = ModelConfig(
-        **{**DENSE.to_dict(), "rope": DENSE.rope, "moe": MoEConfig(4, 2, 16, layer_frequency=3)}
-    )
+    config = ModelConfig(**{**DENSE.to_dict(), "rope": DENSE.rope, "moe": MoEConfig(4, 2, 16, layer_frequency=3)})
     console = Console(file=io.StringIO(), width=110)
     console.print(_human(config, describe(config)))
     text = console.file.getvalue()  # type: ignore[attr-defined]

@@ -62,9 +62,7 @@ def test_human_form_is_not_built_for_json(capsys: pytest.CaptureFixture[str]) ->
     assert json.loads(capsys.readouterr().out) == {"a": 1}
 
 
-def test_chatter_goes_to_stderr_with_json(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_chatter_goes_to_stderr_with_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def command(json: Json = False) -> None:
         print("a library talks")
         emit({"a": 1}, json)

@@ -184,11 +184,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied, scaled": ("llama", {"tie_embeddings": True, "rope": RopeConfig(kind="linear", factor=2.0)}),
     "yarn": (
         "llama",
-        {
-            "rope": RopeConfig(
-                kind="yarn", factor=4.0, original_max_positions=128, beta_fast=16.0, attention_factor=1.5
-            )
-        },
+        {"rope": RopeConfig(kind="yarn", factor=4.0, original_max_positions=128, beta_fast=16.0, attention_factor=1.5)},
     ),
     "dynamic": ("llama", {"rope": RopeConfig(kind="dynamic", factor=4.0, original_max_positions=128)}),
     "biases": ("llama", {"qkv_bias": True, "output_bias": True}),

@@ -69,9 +69,7 @@ def test_several_sources_and_their_weights(tmp_path: Path, tokenizer) -> None:
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.integers(2, 40), st.sampled_from([0.01, 0.1, 0.5, 0.9]), st.integers(0, 99))
-def test_whole_documents_are_held_out(
-    tmp_path_factory, tokenizer, count: int, fraction: float, seed: int
-) -> None:
+def test_whole_documents_are_held_out(tmp_path_factory, tokenizer, count: int, fraction: float, seed: int) -> None:
     directory = tmp_path_factory.mktemp("cache")
     source = Source("memory", documents=TEXTS[:count])
     (cache,) = build_cache([source], tokenizer, directory, holdout_fraction=fraction, seed=seed)

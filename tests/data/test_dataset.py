@@ -16,9 +16,7 @@ def assert_equal(one: Batch, two: Batch) -> None:
         assert torch.equal(getattr(one, name), getattr(two, name)), name
 
 
-def by_hand(
-    tokens: list[int], starts: list[int], loss: list[bool], window: int, s: int, eos: int
-) -> list[list[int]]:
+def by_hand(tokens: list[int], starts: list[int], loss: list[bool], window: int, s: int, eos: int) -> list[list[int]]:
     """One row, token by token: the definition, slowly."""
     owner = [max(d for d, start in enumerate(starts) if start <= i) for i in range(len(tokens))]
     rows: list[list[int]] = [[], [], [], []]

@@ -11,9 +11,7 @@ def test_weight_multiplies_natural_size() -> None:
 
 
 @given(
-    st.lists(
-        st.tuples(st.integers(0, 30), st.sampled_from([0.0, 0.3, 1.0, 1.5, 2.0])), min_size=1, max_size=4
-    ),
+    st.lists(st.tuples(st.integers(0, 30), st.sampled_from([0.0, 0.3, 1.0, 1.5, 2.0])), min_size=1, max_size=4),
     st.integers(0, 2**63),
     st.integers(0, 5),
 )

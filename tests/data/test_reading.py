@@ -43,9 +43,7 @@ def test_pieces_have_the_tokens_of_the_whole(tmp_path: Path, tokenizer, monkeypa
     (tmp_path / "a.txt").write_text(text)
     pieces = contents(tmp_path / "a.txt")
     assert len(pieces) > 50
-    assert (
-        sum(tokenizer(pieces, verbose=False)["input_ids"], []) == tokenizer(text, verbose=False)["input_ids"]
-    )
+    assert sum(tokenizer(pieces, verbose=False)["input_ids"], []) == tokenizer(text, verbose=False)["input_ids"]
 
 
 @pytest.mark.parametrize("before", [5, (1 << 20) - 1, (1 << 20) + 3])

@@ -8,9 +8,7 @@ from moeforge.errors import UserError
 
 
 def test_takes_any_object_with_its_attributes() -> None:
-    entry = SimpleNamespace(
-        path="a.txt", weight=2.0, format="text", text_field="body", messages_field=None, split="x"
-    )
+    entry = SimpleNamespace(path="a.txt", weight=2.0, format="text", text_field="body", messages_field=None, split="x")
     assert Source.of(entry) == Source("a.txt", 2.0, "text", "body", None, "x")
 
 

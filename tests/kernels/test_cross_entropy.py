@@ -14,9 +14,7 @@ from moeforge.kernels import linear_cross_entropy
 module = importlib.import_module("moeforge.kernels.cross_entropy")
 
 
-def problem(
-    tokens: int, dtype: torch.dtype, seed: int = 0, ignored: float = 0.3
-) -> tuple[Tensor, Tensor, Tensor]:
+def problem(tokens: int, dtype: torch.dtype, seed: int = 0, ignored: float = 0.3) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, 6, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(11, 6, generator=generator).to(dtype).requires_grad_()

@@ -84,9 +84,7 @@ def test_published_bounds(n: int, scale: float, bound: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [0.0, 3.7, -1e4])
 @pytest.mark.parametrize("learned", [False, True])
-def test_equal_logits_give_a_uniform_gate_and_finite_gradients(
-    dtype: torch.dtype, value: float, learned: bool
-) -> None:
+def test_equal_logits_give_a_uniform_gate_and_finite_gradients(dtype: torch.dtype, value: float, learned: bool) -> None:
     z = torch.full((3, 5), value, dtype=dtype, requires_grad=True)
     scale = torch.tensor(1.0, dtype=dtype, requires_grad=True) if learned else 1.0
     chosen = gate(z, 2, scale, renormalize=True)

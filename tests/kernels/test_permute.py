@@ -79,9 +79,7 @@ def dense_combine(x: Tensor, weights: Tensor, experts: Tensor, kept: Tensor | No
     return (out.gather(1, experts.unsqueeze(2).expand(-1, -1, out.shape[2])) * weights.unsqueeze(2)).sum(1)
 
 
-def through_buffer(
-    x: Tensor, weights: Tensor, experts: Tensor, kept: Tensor | None, matrix: Tensor
-) -> Tensor:
+def through_buffer(x: Tensor, weights: Tensor, experts: Tensor, kept: Tensor | None, matrix: Tensor) -> Tensor:
     permutation = expert_permutation(experts, len(matrix), kept)
     if kept is not None:
         weights = weights.where(kept, 0.0)
@@ -115,9 +113,7 @@ def test_finite_differences() -> None:
     kept = torch.tensor([[True, False], [True, True], [False, True]])
     leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 2), (3, 2), (3, 2, 2))]
     for mask in (None, kept):
-        assert torch.autograd.gradcheck(
-            lambda x, w, m, mask=mask: through_buffer(x, w, experts, mask, m), leaves
-        )
+        assert torch.autograd.gradcheck(lambda x, w, m, mask=mask: through_buffer(x, w, experts, mask, m), leaves)
 
 
 def test_no_tokens() -> None:
@@ -142,6 +138,4 @@ def test_weights_keep_their_dtype_in_the_gradient() -> None:
     out.backward(grad)
     exact = (y.detach().double()[permutation.row_TK] * grad.double().unsqueeze(1)).sum(-1)
     assert weights.grad.dtype == torch.float32
-    torch.testing.assert_close(
-        weights.grad.double(), exact, rtol=2**-6, atol=2**-6 * float(exact.abs().max())
-    )
+    torch.testing.assert_close(weights.grad.double(), exact, rtol=2**-6, atol=2**-6 * float(exact.abs().max()))

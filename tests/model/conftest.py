@@ -26,16 +26,12 @@ def make_config(moe: dict[str, Any] | None = None, **changes: Any) -> ModelConfi
         "max_positions": 64,
     }
     if moe is not None:
-        values["moe"] = MoEConfig(
-            **({"num_experts": 4, "top_k": 2, "expert_size": 16, "gate_norm": 1.0} | moe)
-        )
+        values["moe"] = MoEConfig(**({"num_experts": 4, "top_k": 2, "expert_size": 16, "gate_norm": 1.0} | moe))
     return ModelConfig(**(values | changes))
 
 
 @torch.no_grad()
-def make_model(
-    config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0, **slice_: Any
-) -> Transformer:
+def make_model(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0, **slice_: Any) -> Transformer:
     """Every parameter random, norms and biases too, at a scale where attention and gates are not flat."""
     model = Transformer(config, **slice_)
     generator = torch.Generator().manual_seed(seed)

@@ -9,9 +9,7 @@ from torch import Tensor
 from moeforge.model import DenseAttention
 
 
-def by_hand(
-    q: Tensor, k: Tensor, v: Tensor, b: int, s: int, documents: Tensor | None, window: int | None
-) -> Tensor:
+def by_hand(q: Tensor, k: Tensor, v: Tensor, b: int, s: int, documents: Tensor | None, window: int | None) -> Tensor:
     """Token by token, head by head."""
     out = torch.zeros_like(q)
     per_group = q.shape[1] // max(k.shape[1], 1)
@@ -20,8 +18,7 @@ def by_hand(
             seen = [
                 row * s + j
                 for j in range(i + 1)
-                if (window is None or i - j < window)
-                and (documents is None or documents[row, j] == documents[row, i])
+                if (window is None or i - j < window) and (documents is None or documents[row, j] == documents[row, i])
             ]
             for head in range(q.shape[1]):
                 keys, values = k[seen, head // per_group], v[seen, head // per_group]
@@ -39,9 +36,7 @@ def by_hand(
     st.booleans(),
     st.integers(0, 2**31),
 )
-def test_against_a_loop(
-    b: int, s: int, window: int | None, heads: tuple[int, int], packed: bool, seed: int
-) -> None:
+def test_against_a_loop(b: int, s: int, window: int | None, heads: tuple[int, int], packed: bool, seed: int) -> None:
     torch.manual_seed(seed)
     documents = None
     if packed:  # rising ids, padding (-1) at the end of some rows

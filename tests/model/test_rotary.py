@@ -96,9 +96,7 @@ def test_cos_and_sin_are_those_of_transformers(name: str, config: Callable[..., 
         expected = LlamaRotaryEmbedding(theirs)(torch.zeros(1, dtype=dtype), positions[None])
         for a, b in zip((cos, sin), expected, strict=True):
             assert a.dtype == dtype
-            torch.testing.assert_close(
-                a[:, 0], b[0, :, :8], rtol=0, atol=1e-4 if dtype == torch.float32 else 1e-2
-            )
+            torch.testing.assert_close(a[:, 0], b[0, :, :8], rtol=0, atol=1e-4 if dtype == torch.float32 else 1e-2)
 
 
 def test_no_tokens(config: Callable[..., ModelConfig]) -> None:

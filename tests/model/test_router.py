@@ -41,9 +41,7 @@ def make_record(
     )
 
 
-def context(
-    groups: RoutingGroups | None, record: RouterRecord | None = None, micro_batch: int = 0
-) -> ForwardContext:
+def context(groups: RoutingGroups | None, record: RouterRecord | None = None, micro_batch: int = 0) -> ForwardContext:
     return ForwardContext(DenseAttention(1, 1), groups=groups, record=record, micro_batch=micro_batch)
 
 
@@ -164,12 +162,8 @@ KINDS = ["skywork", "switch", "sequence", "global"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize(
-    "changes", [{}, {"gate_norm_learned": True, "router_bias": True}, {"gate_norm": None}]
-)
-def test_auxiliary_gradient_is_that_of_the_written_formula(
-    kind: str, padded: bool, changes: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("changes", [{}, {"gate_norm_learned": True, "router_bias": True}, {"gate_norm": None}])
+def test_auxiliary_gradient_is_that_of_the_written_formula(kind: str, padded: bool, changes: dict[str, Any]) -> None:
     router = make_router(**changes)
     groups, tokens, routed_tokens, alpha = 3, 12, 100, 0.7
     torch.manual_seed(1)
@@ -198,7 +192,7 @@ def test_equation_4_by_finite_differences_on_the_logits() -> None:
 
     def loss(z: Tensor) -> Tensor:
         mean = normalize_logits(z, 1.0).softmax(1).view(2, 3, 4).mean(1)
-        return auxiliary_loss("skywork", mean, torch.zeros(2, 4), torch.full((2,), 6)).sum()
+        return auxiliary_loss("skywork", mean, torch.zeros(2, 4)).sum()
 
     assert torch.autograd.gradcheck(loss, (z,))
 
@@ -209,8 +203,8 @@ def test_scale_of_the_variants() -> None:
     e = 8
     p = torch.rand(1, e, dtype=torch.float64).softmax(1).requires_grad_()
     assigned = torch.tensor([1000.0], dtype=torch.float64)
-    (skywork,) = torch.autograd.grad(auxiliary_loss("skywork", p, p * assigned, assigned).sum(), p)
-    (switch,) = torch.autograd.grad(auxiliary_loss("switch", p, p.detach() * assigned, assigned).sum(), p)
+    (skywork,) = torch.autograd.grad(auxiliary_loss("skywork", p, p * assigned).sum(), p)
+    (switch,) = torch.autograd.grad(auxiliary_loss("switch", p, p.detach() * assigned).sum(), p)
     # Constants over experts vanish in the softmax's backward.
     skywork, switch = skywork - skywork.mean(), switch - switch.mean()
     torch.testing.assert_close(skywork * e / 2, switch)
@@ -218,9 +212,9 @@ def test_scale_of_the_variants() -> None:
 
 def test_perfect_balance_costs_nothing_or_one() -> None:
     p = torch.full((2, 4), 0.25)
-    load, assigned = torch.full((2, 4), 3), torch.full((2,), 12)
-    assert auxiliary_loss("skywork", p, load, assigned).tolist() == [0.0, 0.0]
-    assert auxiliary_loss("switch", p, load, assigned).tolist() == [1.0, 1.0]
+    load = torch.full((2, 4), 3)
+    assert auxiliary_loss("skywork", p, load).tolist() == [0.0, 0.0]
+    assert auxiliary_loss("switch", p, load).tolist() == [1.0, 1.0]
 
 
 def test_global_uses_the_running_load_of_the_step() -> None:
@@ -345,9 +339,7 @@ def step(
     loss = 0.0
     for m in range(b // micro):
         rows = slice(m * micro, (m + 1) * micro)
-        groups = RoutingGroups(
-            micro // group_sequences, None if valid is None else valid[rows].flatten(), factor, drop
-        )
+        groups = RoutingGroups(micro // group_sequences, None if valid is None else valid[rows].flatten(), factor, drop)
         hidden, ctx = run(
             model,
             tokens[rows],
@@ -393,9 +385,7 @@ def test_micro_batches_do_not_change_the_step(
     targets[2, 4:] = -100
     whole = step(run, model, tokens, targets, 4, documents, drop=drop, aux_loss=aux_loss)
     for micro in (1, 2):
-        record, loss, gradients = step(
-            run, model, tokens, targets, micro, documents, drop=drop, aux_loss=aux_loss
-        )
+        record, loss, gradients = step(run, model, tokens, targets, micro, documents, drop=drop, aux_loss=aux_loss)
         assert loss == pytest.approx(whole[1], rel=1e-12)
         for name, value in record.totals().items():
             expected = whole[0].totals()[name]

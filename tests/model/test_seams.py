@@ -148,9 +148,7 @@ class ThreadDispatcher:
             begin, end, experts = 0, 1, lambda rows, _: rows
         kept = mine if kept_TK is None else mine & kept_TK
         local = (experts_TK - begin).where(mine, 0)
-        return self.shard.leave(
-            LocalDispatcher().route(layer, x_TD, weights_TK, local, kept, end - begin, experts)
-        )
+        return self.shard.leave(LocalDispatcher().route(layer, x_TD, weights_TK, local, kept, end - begin, experts))
 
 
 def slices(name: str, config: ModelConfig, held: Held) -> dict[int, list[tuple[int, int]]]:
@@ -217,9 +215,7 @@ CASES: dict[str, tuple[int, list[float] | None, dict[str, Any]]] = {
 }
 
 
-def tensor_parallel(
-    case: str, config: Callable[..., Any], build: Callable[..., Any]
-) -> tuple[Any, Layout, list[Any]]:
+def tensor_parallel(case: str, config: Callable[..., Any], build: Callable[..., Any]) -> tuple[Any, Layout, list[Any]]:
     ranks, weights, changes = CASES[case]
     shape = config(num_layers=3, **changes)
     layout = Layout.tensor_parallel(shape, ranks, weights)
@@ -292,18 +288,14 @@ def test_uneven_tensor_parallel_ranks(
         torch.testing.assert_close(logits, expected.detach(), rtol=1e-9, atol=1e-11)
         assert found == pytest.approx(loss.item(), rel=1e-11)
         if record is not None:
-            torch.testing.assert_close(
-                record.values, expected_context["record"].values, rtol=1e-9, atol=1e-11
-            )
+            torch.testing.assert_close(record.values, expected_context["record"].values, rtol=1e-9, atol=1e-11)
     for rank, model in enumerate(models):
         for name, parameter in model.named_parameters():
             gradient = part_of(name, whole.get_parameter(name).grad, whole.config, layout.ranks[rank])
             if parameter.numel():
                 assert parameter.grad is not None, (rank, name)
                 found = parameter.grad
-                if (
-                    "q_norm" in name or "k_norm" in name
-                ):  # one weight for all heads: each rank knows its heads' part
+                if "q_norm" in name or "k_norm" in name:  # one weight for all heads: each rank knows its heads' part
                     found = sum(model.get_parameter(name).grad for model in models)
                 torch.testing.assert_close(found, gradient, rtol=1e-8, atol=1e-11, msg=f"{rank} {name}")
 
@@ -332,10 +324,7 @@ class PagedAttention:
         out = torch.empty_like(q_THh)
         for t, (sequence, position) in enumerate(where):
             begin = 0 if window is None else max(0, position - window + 1)
-            k, v = (
-                cache[self.tables[sequence]].flatten(0, 1)[begin : position + 1]
-                for cache in self.cache[layer]
-            )
+            k, v = (cache[self.tables[sequence]].flatten(0, 1)[begin : position + 1] for cache in self.cache[layer])
             per_group = q_THh.shape[1] // max(k.shape[1], 1)
             k, v = (x.repeat_interleave(per_group, 1) if per_group else x for x in (k, v))
             scores = torch.einsum("hd,shd->hs", q_THh[t], k) / q_THh.shape[2] ** 0.5

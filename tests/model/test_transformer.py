@@ -70,9 +70,7 @@ def test_reset_parameters(config: Callable[..., Any], build: Callable[..., Any])
             assert 0.01 < parameter.std().item() < 0.03, name
 
 
-def gradients(
-    model: Transformer, run: Callable[..., Any], inputs: Any, **context: Any
-) -> dict[str, torch.Tensor]:
+def gradients(model: Transformer, run: Callable[..., Any], inputs: Any, **context: Any) -> dict[str, torch.Tensor]:
     model.zero_grad()
     tokens, targets = inputs
     hidden, ctx = run(model, tokens, **context)

@@ -42,9 +42,7 @@ def make_run(
     directory.mkdir(parents=True)
     model = model_config(layers, experts, gate_norm)
     (directory / "model.json").write_text(json.dumps(model.to_dict()))
-    (directory / "config.toml").write_text(
-        '[run]\ndir = "runs/x"\nseed = 0\n\n[router]\nalpha_max = 0.01\nxi = 0.2\n'
-    )
+    (directory / "config.toml").write_text('[run]\ndir = "runs/x"\nseed = 0\n\n[router]\nalpha_max = 0.01\nxi = 0.2\n')
     alpha = np.full(layers, 0.01)
     depth = np.linspace(0, 1, layers)
     rows: list[dict[str, Any]] = [{"step": 0, "tokens": 0, "eval_loss": 2.94}]
@@ -90,9 +88,7 @@ def make_run(
                     {
                         "layer": i,
                         "sorted_mean": sorted_gate(experts, float(sharp[i])),
-                        "sorted_mean_unnormalised": sorted_gate(
-                            experts, float(sharp[i]) * (0.3 if gate_norm else 1)
-                        ),
+                        "sorted_mean_unnormalised": sorted_gate(experts, float(sharp[i]) * (0.3 if gate_norm else 1)),
                     }
                     for i in range(layers)
                 ]

@@ -235,9 +235,7 @@ def test_comparison_of_different_lengths(fake_run):
 
 
 def test_runs_of_other_batch_sizes_are_compared_by_tokens(fake_run):
-    _, page = page_of(
-        fake_run("a", steps=20, layers=2), fake_run("b", steps=20, layers=2, tokens_per_step=4096)
-    )
+    _, page = page_of(fake_run("a", steps=20, layers=2), fake_run("b", steps=20, layers=2, tokens_per_step=4096))
     assert page.figures["loss"]["axes"][0]["xname"] == "tokens"
 
 
@@ -246,9 +244,7 @@ def test_many_layers_experts_and_steps_stay_small(fake_run):
     lines = (path / "metrics.jsonl").read_text().splitlines()
     with (path / "metrics.jsonl").open("a") as file:
         for step in range(61, MAX_POINTS + 500):
-            file.write(
-                json.dumps({"step": step, "tokens": step, "loss": 9.5 if step == 1000 else 2.0}) + "\n"
-            )
+            file.write(json.dumps({"step": step, "tokens": step, "loss": 9.5 if step == 1000 else 2.0}) + "\n")
     html, page = page_of(path)
     assert len(lines) == 61 and len(html) < 3e6
     assert "thinned to 2,000 points" in page.text

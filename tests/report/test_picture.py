@@ -19,10 +19,7 @@ def test_png_is_written_whole(fake_run, tmp_path, experts, size):
 
 
 def test_png_of_a_run_without_similarity(fake_run, tmp_path):
-    assert (
-        figure_png(fake_run(steps=2, layers=2, similarity_every=0), tmp_path / "o.png").stat().st_size
-        > 10_000
-    )
+    assert figure_png(fake_run(steps=2, layers=2, similarity_every=0), tmp_path / "o.png").stat().st_size > 10_000
 
 
 def test_png_needs_a_directory(fake_run, tmp_path):

@@ -48,12 +48,7 @@ def test_first_and_last_gate_distribution_are_kept(fake_run):
 
 def test_sparse_layers_keep_their_numbers(fake_run):
     path = fake_run(steps=2, layers=2)
-    text = (
-        (path / "metrics.jsonl")
-        .read_text()
-        .replace('"layer": 1', '"layer": 3')
-        .replace('"layer": 0', '"layer": 1')
-    )
+    text = (path / "metrics.jsonl").read_text().replace('"layer": 1', '"layer": 3').replace('"layer": 0', '"layer": 1')
     (path / "metrics.jsonl").write_text(text)
     assert load_run(path).layers == (1, 3)
 
@@ -88,8 +83,7 @@ def test_rows_of_one_step_merge_and_the_later_wins(fake_run):
 
 def test_nan_and_null_are_missing_numbers(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "loss": NaN, "lr": null}\n'
-        '{"step": 2, "loss": 2.5, "moe": [{"layer": 0, "drop_rate": NaN}]}\n'
+        '{"step": 1, "loss": NaN, "lr": null}\n{"step": 2, "loss": 2.5, "moe": [{"layer": 0, "drop_rate": NaN}]}\n'
     )
     run = load_run(tmp_path)
     np.testing.assert_array_equal(run["loss"], [np.nan, 2.5])

@@ -109,9 +109,7 @@ def test_the_models_own_end_tokens_stop(saved: Saved, tmp_path: Path) -> None:
 
 def test_each_step_shows_a_beginning_of_the_final_text(llm: LLM) -> None:
     seen: list[str] = []
-    (final,) = llm.generate(
-        "stream", greedy(20), on_step=lambda outputs: seen.append(outputs[0].outputs[0].text)
-    )
+    (final,) = llm.generate("stream", greedy(20), on_step=lambda outputs: seen.append(outputs[0].outputs[0].text))
     assert len(seen) == len(final.outputs[0].token_ids)
     assert all(final.outputs[0].text.startswith(text) for text in seen)
     assert seen[-1] == final.outputs[0].text

@@ -15,9 +15,7 @@ from moeforge.serve import SamplingParams
 from moeforge.serve.sampling import Sampler, exponential_noise
 
 V = 40
-LOGITS = st.integers(0, 2**31).map(
-    lambda seed: torch.randn(V, generator=torch.Generator().manual_seed(seed)) * 3
-)
+LOGITS = st.integers(0, 2**31).map(lambda seed: torch.randn(V, generator=torch.Generator().manual_seed(seed)) * 3)
 
 
 def kept(logits: torch.Tensor, **params: Any) -> torch.Tensor:
@@ -96,9 +94,7 @@ def test_noise_is_exponential_and_independent() -> None:
 
 @settings(max_examples=25)
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=6, unique=True), st.data())
-def test_a_draw_depends_on_its_own_seed_position_and_logits_only(
-    seeds: list[int], data: st.DataObject
-) -> None:
+def test_a_draw_depends_on_its_own_seed_position_and_logits_only(seeds: list[int], data: st.DataObject) -> None:
     pool = [{}, {"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.1, "top_k": 9}]
     options = [data.draw(st.sampled_from(pool)) for _ in seeds]
     params = [SamplingParams(seed=seed, **option) for seed, option in zip(seeds, options, strict=True)]

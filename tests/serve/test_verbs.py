@@ -81,9 +81,7 @@ def test_bad_input_is_one_line_and_code_2(
     assert message in err and err.count("\n") == 1
 
 
-def test_text_in_another_encoding_is_refused(
-    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_text_in_another_encoding_is_refused(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "latin1.txt"
     text.write_bytes("abc é".encode("latin-1"))
     code, _, err = run(capsys, "eval", saved("llama"), "--text", text)

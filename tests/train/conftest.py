@@ -33,10 +33,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Writes a model directory with a tokenizer; `moe` overrides MoEConfig's fields, None makes it dense."""
 
     def write(seed: int = 0, moe: dict[str, Any] | None = {}, **fields: Any) -> Path:  # noqa: B006
+        routed: dict[str, Any] = {"num_experts": 4, "top_k": 2, "expert_size": 48, "gate_norm": 1.0}
         config = ModelConfig(
             vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=48,
             max_positions=64, eos_token_ids=(1,),
-            moe=None if moe is None else MoEConfig(**{"num_experts": 4, "top_k": 2, "expert_size": 48, "gate_norm": 1.0, **moe}),
+            moe=None if moe is None else MoEConfig(**(routed | moe)),
             **fields,
         )  # fmt: skip
         model = Transformer(config)
@@ -47,9 +48,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         vocabulary = {"<unk>": 0, "<eos>": 1} | {word: i + 2 for i, word in enumerate(WORDS)}
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>"
-        ).save_pretrained(directory)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(
+            directory
+        )
         return directory
 
     return write

@@ -75,7 +75,9 @@ def test_clipping_scales_the_update_and_reports_the_norm_before() -> None:
     x = torch.randn(3, 4) * 100
     free, clipped = Toy(), Toy()
     start = free.dense.weight.detach().clone()
-    optimizers = [Optimizer(m, masters=False, kind="sgd", weight_decay=0.0, clip_norm=c) for m, c in ((free, 0.0), (clipped, 0.5))]
+    optimizers = [
+        Optimizer(m, masters=False, kind="sgd", weight_decay=0.0, clip_norm=c) for m, c in ((free, 0.0), (clipped, 0.5))
+    ]
     norms = []
     for model, optimizer in zip((free, clipped), optimizers, strict=True):
         grads_of(model, x)

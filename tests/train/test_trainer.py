@@ -219,7 +219,7 @@ def test_bad_input_is_one_line(source: Source, make_config: Make) -> None:
     model = source()
     with pytest.raises(UserError, match=r"data\.sequence_length = 65.*64 positions"):
         prepare(make_config(model, data={"sequence_length": 65}))
-    with pytest.raises(UserError, match=r'model\.device = "tpu"'):
+    with pytest.raises(UserError, match=r"model\.device = 'tpu'"):
         prepare(make_config(model, model={"device": "tpu"}))
 
 

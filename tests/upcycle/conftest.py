@@ -19,9 +19,7 @@ MakeDense = Callable[..., Checkpoint]
 def make_dense(tmp_path: Path) -> MakeDense:
     """Writes a dense checkpoint: random weights of a size at which every part matters, norms around 1."""
 
-    def make(
-        name: str = "dense", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
-    ) -> Checkpoint:
+    def make(name: str = "dense", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Checkpoint:
         sizes: dict[str, Any] = {
             "vocab_size": 96, "hidden_size": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2,
             "head_dim": 8, "ffn_size": 48, "max_positions": 128,
@@ -44,14 +42,10 @@ def make_tokenizer() -> Callable[[Checkpoint, list[str]], Checkpoint]:
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
-        model = models.WordLevel(
-            {"<unk>": 0, **{word: i + 1 for i, word in enumerate(words)}}, unk_token="<unk>"
-        )
+        model = models.WordLevel({"<unk>": 0, **{word: i + 1 for i, word in enumerate(words)}}, unk_token="<unk>")
         tokenizer = Tokenizer(model)
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(
-            checkpoint.path
-        )
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(checkpoint.path)
         return open_checkpoint(checkpoint.path)
 
     return make

@@ -10,9 +10,7 @@ from moeforge.config.model import ModelConfig, MoEConfig
 from moeforge.errors import UserError
 from moeforge.upcycle.config import UpcycleConfig
 
-DENSE = ModelConfig(
-    vocab_size=32, hidden_size=16, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=8, ffn_size=50
-)
+DENSE = ModelConfig(vocab_size=32, hidden_size=16, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=8, ffn_size=50)
 
 
 @pytest.mark.parametrize(

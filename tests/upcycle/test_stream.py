@@ -114,9 +114,7 @@ def test_donors_must_be_alike(make_dense: MakeDense, make_tokenizer: Any, tmp_pa
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
 
 
-def test_tokenizer_comes_along_and_must_fit(
-    make_dense: MakeDense, make_tokenizer: Any, tmp_path: Path
-) -> None:
+def test_tokenizer_comes_along_and_must_fit(make_dense: MakeDense, make_tokenizer: Any, tmp_path: Path) -> None:
     source = make_tokenizer(make_dense(), ["one", "two"])
     upcycle(source, tmp_path / "out", UpcycleConfig())
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (source.path / "tokenizer.json").read_bytes()

@@ -80,9 +80,7 @@ def test_one_wrong_weight_is_found(make_dense: MakeDense, tmp_path: Path, name: 
     save_file(weights, tmp_path / "out/model.safetensors", metadata={"format": "pt"})
     result = verify(dense, open_checkpoint(tmp_path / "out"), sample_tokens(dense), True)
     assert not result.passed
-    with pytest.raises(
-        RunError, match="first to differ is " + ("layer 1" if "layers" in name else "the head")
-    ):
+    with pytest.raises(RunError, match="first to differ is " + ("layer 1" if "layers" in name else "the head")):
         result.require()
 
 

@@ -18,8 +18,12 @@ from moeforge.config.model import ModelConfig
 from moeforge.errors import RunError
 
 IMPLEMENTATIONS = ("grouped_mm", "eager")
-"""transformers' expert implementations; its third, batched_mm, gathers a weight copy per token (7 GB here) and fails."""
-RATIOS = {"ratio_bf16_pure": ("bf16_pure", "bf16_pure"), "ratio_bf16_master": ("bf16", "bf16_pure"), "ratio_fp32": ("fp32", "fp32")}
+"""transformers' expert implementations; its third, batched_mm, gathers weights per token (7 GB here) and fails."""
+RATIOS = {
+    "ratio_bf16_pure": ("bf16_pure", "bf16_pure"),
+    "ratio_bf16_master": ("bf16", "bf16_pure"),
+    "ratio_fp32": ("fp32", "fp32"),
+}
 Note = Callable[[str], None]
 
 
@@ -80,10 +84,10 @@ class TrainBench:
             sides["moeforge"].append(self._worker("moeforge", mine, profile=index == 0))
             sides["transformers"].append(self._worker("transformers", theirs, experts=experts))
             pair = [statistics.median(runs[-1]["step_seconds"]) for runs in sides.values()]
-            self.note(f"{name} run {index + 1}/{self.runs}: {pair[0]:.2f} s against {pair[1]:.2f} s, {pair[1] / pair[0]:.2f}x")
-        seconds = {
-            side: [statistics.median(run["step_seconds"]) for run in runs] for side, runs in sides.items()
-        }
+            self.note(
+                f"{name} run {index + 1}/{self.runs}: {pair[0]:.2f} s against {pair[1]:.2f} s, {pair[1] / pair[0]:.2f}x"
+            )
+        seconds = {side: [statistics.median(run["step_seconds"]) for run in runs] for side, runs in sides.items()}
         tokens = self.sequences * self.positions
         rate = {side: tokens / statistics.median(times) for side, times in seconds.items()}
         used = rate["moeforge"] * self.flop_per_token() / 1e9
@@ -98,7 +102,9 @@ class TrainBench:
             },
         }
 
-    def _worker(self, side: str, precision: str, experts: str = "", steps: int = 0, profile: bool = False) -> dict[str, Any]:
+    def _worker(
+        self, side: str, precision: str, experts: str = "", steps: int = 0, profile: bool = False
+    ) -> dict[str, Any]:
         job = {
             "side": side, "precision": precision, "experts": experts, "model": str(self.model), "profile": profile,
             "tokens": str(self.tokens), "sequences": self.sequences, "positions": self.positions, "lr": 1e-5,

@@ -1,7 +1,7 @@
 """One side of the training benchmark in a process of its own: full optimiser steps, timed one by one.
 
-`python -m moeforge.bench.train_worker JSON` prints one JSON object. A process per run keeps allocators, thread pools and
-caches of the two sides apart.
+`python -m moeforge.bench.train_worker JSON` prints one JSON object. A process per run keeps allocators, thread
+pools and caches of the two sides apart.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Checkpoints in and out: families, safetensors, torch archives and GGUF, all under canonical names."""
 
+from moeforge.checkpoint.device import pick_device
 from moeforge.checkpoint.load import load_model, save_model
 from moeforge.checkpoint.names import canonical_shapes, fuse, unfuse
 from moeforge.checkpoint.open import open_checkpoint
@@ -16,6 +17,7 @@ __all__ = [
     "fuse",
     "load_model",
     "open_checkpoint",
+    "pick_device",
     "require_disk_space",
     "save_model",
     "unfuse",

@@ -14,9 +14,7 @@ _EXPERT_ON_DISK = {canonical: disk for disk, canonical in _EXPERT.items()}
 _FROM_DISK = re.compile(
     r"^(model\.layers\.\d+)\.mlp\.(?:(gate)|experts\.(\d+)\.(gate_proj|up_proj|down_proj))\.weight$"
 )
-_TO_DISK = re.compile(
-    r"^(model\.layers\.\d+)\.block_sparse_moe\.(?:(gate)|experts\.(\d+)\.(w[123]))\.weight$"
-)
+_TO_DISK = re.compile(r"^(model\.layers\.\d+)\.block_sparse_moe\.(?:(gate)|experts\.(\d+)\.(w[123]))\.weight$")
 _MLP_STYLE = ("qwen3_moe", "olmoe")
 
 
@@ -36,6 +34,4 @@ def disk_name(canonical: str, form: str) -> str:
     if form not in _MLP_STYLE or not (match := _TO_DISK.match(canonical)):
         return canonical
     layer, gate, expert, part = match.groups()
-    return (
-        f"{layer}.mlp.gate.weight" if gate else f"{layer}.mlp.experts.{expert}.{_EXPERT_ON_DISK[part]}.weight"
-    )
+    return f"{layer}.mlp.gate.weight" if gate else f"{layer}.mlp.experts.{expert}.{_EXPERT_ON_DISK[part]}.weight"

@@ -37,9 +37,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         return _open_directory(path)
     hub_id = HUB_IDS.get(str(model), str(model))
     if not _HUB_ID.match(hub_id):
-        raise UserError(
-            f"model = {str(model)!r}: no such directory or file; presets are {', '.join(HUB_IDS)}"
-        )
+        raise UserError(f"model = {str(model)!r}: no such directory or file; presets are {', '.join(HUB_IDS)}")
     return _open_directory(_download(hub_id))
 
 

@@ -41,15 +41,11 @@ class Checkpoint:
         ):
             if names:
                 shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-                hint = (
-                    "; half-downloaded, or config.json belongs to other weights" if what == "missing" else ""
-                )
+                hint = "; half-downloaded, or config.json belongs to other weights" if what == "missing" else ""
                 raise UserError(f"{self.path}: {len(names)} tensors {what}: {shown}{hint}")
         for name, shape in expected.items():
             if self.shape(name) != shape:
-                raise UserError(
-                    f"{self.path}: {name} has shape {self.shape(name)}; config.json asks for {shape}"
-                )
+                raise UserError(f"{self.path}: {name} has shape {self.shape(name)}; config.json asks for {shape}")
 
     def shape(self, name: str) -> Shape:
         """Shape of a canonical name, without reading it."""
@@ -67,6 +63,11 @@ class Checkpoint:
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's own files; empty where it is inside the GGUF file."""
         return tokenizer_files(self.path)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is something that `tokenizer` may load."""
+        return self.path.is_file() or bool(self.tokenizer_files)
 
     def tokenizer(self) -> Any:
         """The tokenizer, as transformers loads it.

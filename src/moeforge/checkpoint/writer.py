@@ -101,11 +101,7 @@ class ShardWriter:
             weight_map: dict[str, str] = {}
             for i, shard in enumerate(self._shards):
                 single = len(self._shards) == 1
-                final = (
-                    "model.safetensors"
-                    if single
-                    else f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors"
-                )
+                final = "model.safetensors" if single else f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors"
                 if (self.partial / shard["file"]).exists():  # not yet renamed by a killed finish
                     (self.partial / shard["file"]).rename(self.partial / final)
                 weight_map.update({disk_name(name, self._form): final for name in shard["names"]})
@@ -113,9 +109,7 @@ class ShardWriter:
                 total = sum(shard["bytes"] for shard in self._shards)
                 index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
                 write_json(self.partial / "model.safetensors.index.json", index)
-            write_json(
-                self.partial / "config.json", model_config_to_hf(self.config, self._shards[0]["dtype"])
-            )
+            write_json(self.partial / "config.json", model_config_to_hf(self.config, self._shards[0]["dtype"]))
             if self.directory.is_dir():
                 self.directory.rmdir()
             self.partial.rename(self.directory)
@@ -130,9 +124,7 @@ class ShardWriter:
     def _close_shard(self) -> None:
         assert self._file is not None
         room = self._header_bytes() - 8
-        header = json.dumps(
-            {"__metadata__": {"format": "pt"}, **self._header}, separators=(",", ":")
-        ).encode()
+        header = json.dumps({"__metadata__": {"format": "pt"}, **self._header}, separators=(",", ":")).encode()
         with self._disk_faults():
             self._file.seek(0)
             self._file.write(room.to_bytes(8, "little") + header.ljust(room))

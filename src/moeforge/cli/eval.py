@@ -46,9 +46,7 @@ def command(
     else:
         result = evaluate_text(loaded, tokenizer, words, window, max_tokens=max_tokens)
     if not math.isfinite(result.loss):
-        raise RunError(
-            f"{model}: the loss is {result.loss}; the weights are damaged or overflow in this dtype"
-        )
+        raise RunError(f"{model}: the loss is {result.loss}; the weights are damaged or overflow in this dtype")
     human = f"loss {result.loss:.4f}, perplexity {result.perplexity:.3f} over {result.tokens:,} tokens"
     emit(dataclasses.asdict(result), json, human)
 
@@ -57,9 +55,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"text = {str(path)!r}: is not UTF-8 (byte {error.start}); convert it first"
-        ) from None
+        raise UserError(f"text = {str(path)!r}: is not UTF-8 (byte {error.start}); convert it first") from None
     except OSError as error:
         raise UserError(f"text = {str(path)!r}: cannot be read ({error.strerror})") from None
 

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 def command(
     model: Annotated[str, typer.Argument(help="A model directory, a GGUF file, a hub id or a preset.")],
     prompt: Annotated[str, typer.Option(help="The text to continue; - reads standard input.")],
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Answer the prompt, through the chat template.")
-    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Answer the prompt, through the chat template.")] = False,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Only the likeliest tokens that sum to P.")] = 1.0,

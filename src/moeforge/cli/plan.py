@@ -25,9 +25,7 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as optimizer.lr=3e-4."),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Write the layout here, for `moeforge train --plan`.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the layout here, for `moeforge train --plan`.")] = None,
     json: Json = False,
 ) -> None:
     """Plan a training run: units, recomputation and bytes, for one process."""

@@ -24,10 +24,16 @@ def run_table(trainer: Trainer) -> Table:
         f"{total:,} parameters ({active:,} active) in {dtype} on {trainer.device}, precision {config.model.precision}; "
         f"{config.train.batch_sequences} x {config.data.sequence_length} tokens a step"
     )
-    table = Table("units", "kind", "parameters each", "active each", "recomputed", title=title, title_justify="left", box=None)
+    table = Table(
+        "units", "kind", "parameters each", "active each", "recomputed", title=title, title_justify="left", box=None
+    )
     for names, unit, members in unit_runs(describe(model.config)["units"]):
         again = sum(name in model.recompute for name in members)
         table.add_row(
-            names, unit["kind"], f"{unit['params']:,}", f"{unit['params_active']:,}", f"{again} of {len(members)}" if again else ""
+            names,
+            unit["kind"],
+            f"{unit['params']:,}",
+            f"{unit['params_active']:,}",
+            f"{again} of {len(members)}" if again else "",
         )
     return table

@@ -35,17 +35,13 @@ def command(
     ] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of routers, noise and re-initialisation.")] = 0,
     verify: Annotated[bool, typer.Option("--verify", help="Compare logits with the dense model.")] = False,
-    text: Annotated[
-        Path | None, typer.Option(help="Text file to verify on, instead of a built-in one.")
-    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Text file to verify on, instead of a built-in one.")] = None,
     granularity: Annotated[
         int | None, typer.Option(help="virtual-group: experts cut from one copy; default: top-k.")
     ] = None,
     scaling: Annotated[
         Scaling,
-        typer.Option(
-            help="Weights scaled to keep the output: down is exact, cube-root as published, approximate."
-        ),
+        typer.Option(help="Weights scaled to keep the output: down is exact, cube-root as published, approximate."),
     ] = "down",
     renormalize: Annotated[
         bool, typer.Option(help="Weights of the chosen experts sum to 1 (needed to preserve the function).")
@@ -149,8 +145,7 @@ def _summary(made: Any, check: Any) -> str:
     lines = [
         f"{made.path}: {experts} experts, top-{moe.top_k}, gate normalisation {norm}",
         f"  parameters   {made.params_total / 1e6:,.1f} M, {made.params_active / 1e6:,.1f} M active a token",
-        f"  took         {made.seconds:.1f} s"
-        + ("" if peak is None else f", peak {peak / 1e6:,.0f} MB of memory"),
+        f"  took         {made.seconds:.1f} s" + ("" if peak is None else f", peak {peak / 1e6:,.0f} MB of memory"),
     ]
     if check is not None:
         verdict = f"differ by at most {check.max_logit_diff:.2g} (largest {check.max_logit:.3g})"
@@ -162,7 +157,5 @@ def _summary(made: Any, check: Any) -> str:
             else f"more than rounding, {check.bound:.2g}"
         )
         lines.append(f"  logits       {verdict}: {meaning}")
-        lines.append(
-            f"  same choice  of the next token for {check.argmax_agreement:.1%} of {check.tokens} tokens"
-        )
+        lines.append(f"  same choice  of the next token for {check.argmax_agreement:.1%} of {check.tokens} tokens")
     return "\n".join(lines)

@@ -224,9 +224,7 @@ def _refuse_unsupported(hf: HFConfig) -> None:
 
 def _moe(family: str, hf: HFConfig, names: Iterable[str]) -> MoEConfig | None:
     if family == "mixtral":
-        return MoEConfig(
-            _size(hf, "num_local_experts"), _size(hf, "num_experts_per_tok"), hf["intermediate_size"]
-        )
+        return MoEConfig(_size(hf, "num_local_experts"), _size(hf, "num_experts_per_tok"), hf["intermediate_size"])
     if family in ("qwen3_moe", "olmoe"):
         # transformers 5 saves Qwen3-MoE's expert count under the other name; original files say num_experts.
         count = "num_local_experts" if "num_local_experts" in hf else "num_experts"
@@ -261,9 +259,7 @@ def _skywork_moe(hf: HFConfig, names: Iterable[str]) -> MoEConfig:
     """Skywork-MoE's gate: softmax over z / std(z) (reference/formats.md 2.3); top-2 is fixed in its code."""
     counts = hf["num_experts"] if isinstance(hf["num_experts"], list) else [hf["num_experts"]]
     if len(set(counts)) != 1:
-        raise UserError(
-            f"config.json: num_experts = {counts} is not supported; only one count for all layers"
-        )
+        raise UserError(f"config.json: num_experts = {counts} is not supported; only one count for all layers")
     if any(".gate.wg" in name for name in names):
         raise UserError("gate.wg: a two-layer gate (moe_2layer_gate) is not supported; only gate.weight")
     mixtral_gating = hf.get("moe_use_skywork_gating") or hf.get("moe_use_mixtral_gating")

@@ -21,8 +21,7 @@ def rope_from_hf(family: str, hf: HFConfig, positions: int) -> tuple[RopeConfig,
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(
-            f"config.json: partial_rotary_factor = {scaling['partial_rotary_factor']} is not supported; "
-            "only 1.0"
+            f"config.json: partial_rotary_factor = {scaling['partial_rotary_factor']} is not supported; only 1.0"
         )
     if family == "skywork" and positions == 131072 and not scaling:
         positions = 4096  # early revisions carry 131072, which no Skywork-13B was trained for (formats.md 1)
@@ -67,9 +66,7 @@ def rope_from_hf(family: str, hf: HFConfig, positions: int) -> tuple[RopeConfig,
 def _number(scaling: HFConfig, key: str, at_least: float = 0.0) -> float:
     value = scaling.get(key)
     if not isinstance(value, int | float) or value < at_least:
-        raise UserError(
-            f"config.json: rope_scaling.{key} = {value}: must be a number of at least {at_least:g}"
-        )
+        raise UserError(f"config.json: rope_scaling.{key} = {value}: must be a number of at least {at_least:g}")
     return float(value)
 
 

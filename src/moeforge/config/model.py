@@ -104,9 +104,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"num_heads = {self.num_heads}: must be a multiple of num_kv_heads ({self.num_kv_heads})"
-            )
+            raise UserError(f"num_heads = {self.num_heads}: must be a multiple of num_kv_heads ({self.num_kv_heads})")
 
     @property
     def heads_per_group(self) -> int:
@@ -158,7 +156,7 @@ class ModelConfig:
         return cls(**data)
 
     def fingerprint(self) -> str:
-        """Short hash of what shapes and weights depend on; plans carry it, so that they are not used on another model."""
+        """Short hash of what the weights depend on; plans carry it, so that they are not used on another model."""
         data = self.to_dict()
         for name in ("family", "bos_token_id", "eos_token_ids"):
             del data[name]

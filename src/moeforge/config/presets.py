@@ -81,9 +81,7 @@ PRESETS: dict[str, ModelConfig] = {
         family="skywork_moe",
     ),
     "smollm2-135m": _SMOLLM2_135M,
-    "smollm2-360m": replace(
-        _SMOLLM2_135M, hidden_size=960, num_layers=32, num_heads=15, num_kv_heads=5, ffn_size=2560
-    ),
+    "smollm2-360m": replace(_SMOLLM2_135M, hidden_size=960, num_layers=32, num_heads=15, num_kv_heads=5, ffn_size=2560),
     "smollm2-1.7b": replace(
         _SMOLLM2_135M,
         hidden_size=2048,
@@ -200,6 +198,4 @@ def model_preset(name: str) -> ModelConfig:
     if name in PRESETS:
         return PRESETS[name]
     nearest = difflib.get_close_matches(name.lower(), PRESETS, 1, cutoff=0)[0]
-    raise UserError(
-        f'model preset "{name}": unknown; did you mean {nearest}? The presets are {", ".join(PRESETS)}'
-    )
+    raise UserError(f'model preset "{name}": unknown; did you mean {nearest}? The presets are {", ".join(PRESETS)}')

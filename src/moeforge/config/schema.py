@@ -33,9 +33,7 @@ class Section(BaseModel):
 class RunSection(Section):
     """Where the run lives and what it writes down."""
 
-    dir: Text = Field(
-        default="runs/default", description="Run directory: config, metrics, checkpoints and result."
-    )
+    dir: Text = Field(default="runs/default", description="Run directory: config, metrics, checkpoints and result.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=0, description="Seed of data order, of new weights and of sampling."
     )
@@ -45,9 +43,7 @@ class RunSection(Section):
     gate_distribution_every: CountOrZero = Field(
         default=50, description="Steps between two records of the mean sorted gate probabilities (0 = never)."
     )
-    tensorboard: bool = Field(
-        default=True, description="Also write TensorBoard event files into the run directory."
-    )
+    tensorboard: bool = Field(default=True, description="Also write TensorBoard event files into the run directory.")
 
 
 class ModelSection(Section):
@@ -102,16 +98,13 @@ class DataSection(Section):
     )
     holdout_fraction: Decay = Field(
         default=0.01,
-        description="Share of the documents of data.train held out when data.eval is empty "
-        "(0 = no evaluation).",
+        description="Share of the documents of data.train held out when data.eval is empty (0 = no evaluation).",
     )
     sequence_length: Annotated[int, Field(ge=2)] = Field(
         default=1024,
         description="Tokens a training sequence; documents are packed, and never see one another.",
     )
-    cache_dir: Text = Field(
-        default="cache", description="Directory of the packed token cache, shared between runs."
-    )
+    cache_dir: Text = Field(default="cache", description="Directory of the packed token cache, shared between runs.")
 
 
 class RouterSection(Section):
@@ -128,15 +121,11 @@ class RouterSection(Section):
         default=True,
         description="One alpha a layer, driven by its drop rate; false keeps alpha at alpha_max.",
     )
-    alpha_max: NonNegative = Field(
-        default=0.01, description="Start and upper limit of the balance coefficient alpha."
-    )
+    alpha_max: NonNegative = Field(default=0.01, description="Start and upper limit of the balance coefficient alpha.")
     xi: NonNegative = Field(
         default=0.2, description="Target alpha per unit of drop rate: f(d) = min(xi * d, alpha_max)."
     )
-    beta: Share = Field(
-        default=0.99, description="Memory: alpha <- beta * alpha + (1 - beta) * f(d), once a step."
-    )
+    beta: Share = Field(default=0.99, description="Memory: alpha <- beta * alpha + (1 - beta) * f(d), once a step.")
     capacity_factor: Positive = Field(
         default=1.25, description="Capacity of an expert, in multiples of its even share of the assignments."
     )
@@ -154,12 +143,8 @@ class RouterSection(Section):
     @model_validator(mode="after")
     def _check(self) -> RouterSection:
         if self.scope == "global" and self.drop_tokens:
-            reason = (
-                "must be group when router.drop_tokens = true, because tokens are dropped before the rest of"
-            )
-            raise refuse(
-                "scope", '"global"', f"{reason} the batch is routed, when its pooled load is unknown"
-            )
+            reason = "must be group when router.drop_tokens = true, because tokens are dropped before the rest of"
+            raise refuse("scope", '"global"', f"{reason} the batch is routed, when its pooled load is unknown")
         return self
 
 
@@ -167,9 +152,7 @@ class TrainSection(Section):
     """How long, and how many sequences a step."""
 
     steps: Count = Field(default=1000, description="Optimizer steps of the whole run.")
-    batch_sequences: Count = Field(
-        default=8, description="Sequences in one optimizer step (the global batch)."
-    )
+    batch_sequences: Count = Field(default=8, description="Sequences in one optimizer step (the global batch).")
     micro_batch_sequences: Count = Field(
         default=4,
         description="Sequences in one forward and backward pass; divides batch_sequences, and is a multiple "
@@ -180,16 +163,12 @@ class TrainSection(Section):
 class OptimizerSection(Section):
     """The update rule."""
 
-    kind: Literal["adamw", "sgd"] = Field(
-        default="adamw", description="AdamW, or plain gradient descent (for tests)."
-    )
+    kind: Literal["adamw", "sgd"] = Field(default="adamw", description="AdamW, or plain gradient descent (for tests).")
     lr: Positive = Field(default=1e-4, description="Peak learning rate.")
     expert_lr_scale: Positive = Field(
         default=1.0, description="Learning rate of the expert weights, in multiples of lr."
     )
-    betas: tuple[Decay, Decay] = Field(
-        default=(0.9, 0.95), description="Decay of AdamW's first and second moment."
-    )
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.95), description="Decay of AdamW's first and second moment.")
     eps: Positive = Field(default=1e-8, description="Term added to the root of AdamW's second moment.")
     weight_decay: NonNegative = Field(default=0.1, description="Decoupled weight decay, on matrices only.")
     clip_norm: NonNegative = Field(default=1.0, description="Largest global gradient norm; 0 = no clipping.")
@@ -202,29 +181,21 @@ class ScheduleSection(Section):
         default="cosine", description="Shape after the warm-up; wsd = stable, then a final decay."
     )
     warmup_steps: CountOrZero = Field(default=100, description="Steps of linear warm-up from 0 to the peak.")
-    min_lr_ratio: Share = Field(
-        default=0.1, description="Last learning rate, as a share of the peak (cosine, wsd)."
-    )
-    decay_fraction: Share = Field(
-        default=0.1, description="Share of train.steps spent in the final decay (wsd)."
-    )
+    min_lr_ratio: Share = Field(default=0.1, description="Last learning rate, as a share of the peak (cosine, wsd).")
+    decay_fraction: Share = Field(default=0.1, description="Share of train.steps spent in the final decay (wsd).")
 
 
 class EvalSection(Section):
     """Evaluation during training."""
 
-    every: CountOrZero = Field(
-        default=100, description="Steps between two evaluations (0 = only at start and end)."
-    )
+    every: CountOrZero = Field(default=100, description="Steps between two evaluations (0 = only at start and end).")
     sequences: Count = Field(default=64, description="Held-out sequences in an evaluation, at most.")
 
 
 class CheckpointSection(Section):
     """Saving during training."""
 
-    every: CountOrZero = Field(
-        default=200, description="Steps between two checkpoints (0 = only at the end)."
-    )
+    every: CountOrZero = Field(default=200, description="Steps between two checkpoints (0 = only at the end).")
     keep: Count = Field(default=2, description="Newest checkpoints to keep.")
 
 
@@ -252,9 +223,7 @@ class TrainConfig(Section):
             reason = f"must be a multiple of router.group_sequences ({group})"
             raise refuse("train.micro_batch_sequences", micro, reason)
         if schedule.warmup_steps >= steps:
-            raise refuse(
-                "schedule.warmup_steps", schedule.warmup_steps, f"must be below train.steps ({steps})"
-            )
+            raise refuse("schedule.warmup_steps", schedule.warmup_steps, f"must be below train.steps ({steps})")
         if schedule.kind == "wsd" and schedule.warmup_steps + schedule.decay_fraction * steps > steps:
             reason = f"warm-up ({schedule.warmup_steps} steps) and decay must fit into train.steps ({steps})"
             raise refuse("schedule.decay_fraction", schedule.decay_fraction, reason)

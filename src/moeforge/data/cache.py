@@ -59,8 +59,7 @@ class TokenCache:
             streams = {split: _open_stream(directory / split, meta, split) for split in SPLITS}
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"token cache {str(directory)!r}: missing or damaged ({error}); "
-                f"delete it and it is built anew"
+                f"token cache {str(directory)!r}: missing or damaged ({error}); delete it and it is built anew"
             ) from error
         return cls(directory, meta, **streams, weight=weight)
 

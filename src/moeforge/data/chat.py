@@ -91,9 +91,7 @@ def _prefix_length(tokenizer: Any, chat: Messages, text: str, generate: bool) ->
     return len(prefix) if text.startswith(prefix) else None
 
 
-def _find_content(
-    tokenizer: Any, message: dict[str, Any], text: str, begin: int, where: str
-) -> tuple[int, int]:
+def _find_content(tokenizer: Any, message: dict[str, Any], text: str, begin: int, where: str) -> tuple[int, int]:
     content = message.get("content")
     words = content.rpartition("</think>")[2].strip() if isinstance(content, str) else ""
     at = text.find(words, begin) if words else -1

@@ -86,9 +86,7 @@ def corpus_files(source: Source) -> list[CorpusFile]:
             return []
     if not found:
         what = "holds no file of a known format" if root.is_dir() else "no such file or directory"
-        raise UserError(
-            f"data path {source.path!r}: {what} (known: {_known_suffixes()}; or set format to hub)"
-        )
+        raise UserError(f"data path {source.path!r}: {what} (known: {_known_suffixes()}; or set format to hub)")
     return [CorpusFile(path, _require_format(path, source)) for path in sorted(found)]
 
 

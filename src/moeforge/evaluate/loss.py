@@ -35,9 +35,7 @@ class EvalResult:
 
 
 @torch.inference_mode()
-def held_out_loss(
-    model: Transformer, batches: Iterable[Batch], device: torch.device | str | None = None
-) -> EvalResult:
+def held_out_loss(model: Transformer, batches: Iterable[Batch], device: torch.device | str | None = None) -> EvalResult:
     """Sum of the cross-entropies of all targets over their number, however they fall into batches.
 
     Targets of -100 count nothing. No capacity, no dropped tokens, no router statistics: what inference

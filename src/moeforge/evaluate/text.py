@@ -70,9 +70,7 @@ def evaluate_tokens(
     """
     positions, vocab_size = model.config.max_positions, model.config.vocab_size
     if not 1 <= window <= positions:
-        raise UserError(
-            f"sequence_length = {window}: must be between 1 and the model's positions ({positions})"
-        )
+        raise UserError(f"sequence_length = {window}: must be between 1 and the model's positions ({positions})")
     if max_tokens is not None:
         if max_tokens < 1:
             raise UserError(f"max_tokens = {max_tokens}: must be at least 1")

@@ -43,8 +43,5 @@ def gate(logits_TE: Tensor, top_k: int, scale: float | Tensor | None, renormaliz
     probabilities = torch.softmax(z, dim=-1)
     # A stable sort, because torch.topk leaves the order of equal values open.
     experts = torch.sort(z.detach(), dim=-1, descending=True, stable=True).indices[:, :top_k]
-    if renormalize:
-        weights = torch.softmax(z.gather(1, experts), dim=-1)
-    else:
-        weights = probabilities.gather(1, experts)
+    weights = torch.softmax(z.gather(1, experts), dim=-1) if renormalize else probabilities.gather(1, experts)
     return Gate(probabilities, z, weights, experts)

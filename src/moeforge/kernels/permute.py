@@ -33,7 +33,8 @@ def expert_permutation(experts_TK: Tensor, num_experts: int, kept_TK: Tensor | N
     if kept_TK is not None:
         experts_N = torch.where(kept_TK.reshape(-1), experts_N, num_experts)
     order_N = torch.argsort(experts_N, stable=True)
-    counts = torch.bincount(experts_N, minlength=num_experts + 1)[:num_experts]
+    # Not bincount: on GPUs it waits for its result's size.
+    counts = experts_N.new_zeros(num_experts + 1).scatter_add_(0, experts_N, torch.ones_like(experts_N))[:-1]
     aligned = (counts + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
     ends = aligned.cumsum(0)
     if experts_TK.device.type == "cpu":

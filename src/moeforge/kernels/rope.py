@@ -31,5 +31,5 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + h/2) of the last dimension; x [T, ..., h], cos and sin broadcastable to [T, ..., h/2]."""
+    """Rotate the pairs (i, i + h/2) of the last dimension; x [T, ..., h], cos and sin broadcast to [T, ..., h/2]."""
     return _Rotate.apply(x, cos, sin)

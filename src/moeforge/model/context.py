@@ -18,13 +18,15 @@ class RoutingGroups:
 
     `count` groups of T / count tokens each; `valid_T` false for padding, which is neither routed nor counted.
     With `drop`, assignments beyond capacity C = ceil(capacity_factor * N / E) of their group are dropped in token
-    order, where N = K times the group's valid tokens.
+    order, where N = K times the group's valid tokens. `sequences` is the number of sequences in all groups, which the
+    sequence-wise balance loss is counted over; None: a group is one sequence.
     """
 
     count: int
     valid_T: Tensor | None = None
     capacity_factor: float = 1.25
     drop: bool = False
+    sequences: int | None = None
 
 
 @dataclass(frozen=True)

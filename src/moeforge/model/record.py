@@ -36,9 +36,7 @@ class RouterRecord:
         self.distributions = distributions
         self._slot = {layer: i for i, layer in enumerate(layers)}
         width = num_experts * (4 if distributions else 2) + len(SCALARS)
-        self.values = torch.zeros(
-            len(layers), micro_batches, width, dtype=torch.float64, device=alpha.device
-        )
+        self.values = torch.zeros(len(layers), micro_batches, width, dtype=torch.float64, device=alpha.device)
 
     def alpha_of(self, layer: int) -> Tensor:
         """The layer's auxiliary-loss coefficient, a scalar tensor."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from moeforge.config.model import MoEConfig
 from moeforge.kernels import Gate, gate
 from moeforge.kernels.precision import widen
 from moeforge.model.context import ForwardContext, RoutingGroups
+from moeforge.model.record import AuxLoss
 
 
 class Routing(NamedTuple):
@@ -58,10 +60,8 @@ def capacity(assignments: Tensor, num_experts: int, factor: float) -> Tensor:
     return torch.ceil(assignments.double() * factor / num_experts)
 
 
-def auxiliary_loss(
-    kind: str, probability_nE: Tensor, load_nE: Tensor, assignments_n: Tensor
-) -> Tensor:
-    """Balance loss of each routing group, [n]; no coefficient.
+def auxiliary_loss(kind: AuxLoss, probability_nE: Tensor, load_nE: Tensor) -> Tensor:
+    """Balance loss of each routing group (or sequence), [n]; no coefficient.
 
     `probability_nE` is the mean gate probability, differentiable; `load_nE` counts. "skywork" is sum_j (1/E - P_j)^2
     (Skywork-MoE equation 4); "switch", "sequence" and "global" are E * sum_j f_j P_j (Switch Transformer
@@ -71,7 +71,7 @@ def auxiliary_loss(
     num_experts = probability_nE.shape[1]
     if kind == "skywork":
         return (probability_nE - 1.0 / num_experts).square().sum(1)
-    share = load_nE.to(probability_nE.dtype) / assignments_n.clamp_min(1).unsqueeze(1)
+    share = load_nE / load_nE.sum(1, keepdim=True).clamp_min(1).to(probability_nE.dtype)
     return num_experts * (share * probability_nE).sum(1)
 
 
@@ -86,7 +86,7 @@ class Router(nn.Module):
         self.scale = nn.Parameter(torch.empty(())) if moe.gate_norm_learned else None
 
     def reset_parameters(self, std: float) -> None:
-        """Normal weights: a router of zeros would give every token the same experts and no gradient to tell them apart."""
+        """Normal weights: zeros would send every token to the same experts with nothing to tell them apart."""
         nn.init.normal_(self.weight, std=std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -112,36 +112,31 @@ class Router(nn.Module):
             kept = within.view_as(rank_TK) if kept is None else within.view_as(rank_TK) & kept
         if context.record is not None:
             overflow = (load_nE - capacity_n[:, None]).clamp_min(0).sum()
-            x_TD = self._account(x_TD, raw_TE, chosen, load_nE, assignments_n, overflow, context)
+            x_TD = self._account(x_TD, raw_TE, chosen, load_nE, overflow, context)
         return x_TD, Routing(chosen.weights, chosen.experts, kept)
 
     def _account(
-        self,
-        x_TD: Tensor,
-        raw_TE: Tensor,
-        chosen: Gate,
-        load_nE: Tensor,
-        assignments_n: Tensor,
-        overflow: Tensor,
-        context: ForwardContext,
+        self, x_TD: Tensor, raw_TE: Tensor, chosen: Gate, load_nE: Tensor, overflow: Tensor, context: ForwardContext
     ) -> Tensor:
         """Attach the auxiliary loss and assign this micro-batch's statistics to the record."""
         record, groups = context.record, context.groups
         assert record is not None and groups is not None
-        e, k, n = self.moe.num_experts, self.moe.top_k, groups.count
+        e, k = self.moe.num_experts, self.moe.top_k
         valid = torch.ones_like(raw_TE[:, 0]) if groups.valid_T is None else groups.valid_T.to(raw_TE.dtype)
-        tokens_n = valid.view(n, -1).sum(1)
-        probability_nE = (chosen.probabilities * valid[:, None]).view(n, -1, e).sum(1)
-        mean_nE = probability_nE / tokens_n.clamp_min(1)[:, None]
         load = load_nE.sum(0).double()
+        if record.aux_loss == "sequence" and groups.sequences not in (None, groups.count):
+            groups = replace(groups, count=groups.sequences)
+            load_nE, _ = group_load(chosen.experts, e, groups)
+        tokens_n = valid.view(groups.count, -1).sum(1)
+        probability_nE = (chosen.probabilities * valid[:, None]).view(groups.count, -1, e).sum(1)
         aux = tokens_n.new_zeros(())
         if record.aux_loss != "none":
-            loads, totals = load_nE, assignments_n
             if record.aux_loss == "global":
                 # The running load of the step so far; the later micro-batches see the most of it.
                 so_far = record.load_before(self.layer, context.micro_batch) + load
-                loads, totals = so_far.expand(n, e), so_far.sum().expand(n)
-            aux = (auxiliary_loss(record.aux_loss, mean_nE, loads, totals) * tokens_n).sum()
+                load_nE = context.shard.reduce_statistics(so_far).expand(groups.count, e)
+            mean_nE = probability_nE / tokens_n.clamp_min(1)[:, None]
+            aux = (auxiliary_loss(record.aux_loss, mean_nE, load_nE) * tokens_n).sum()
             x_TD = _AttachLoss.apply(x_TD, aux, record.alpha_of(self.layer) / record.routed_tokens)
         with torch.no_grad():
             top = torch.topk(chosen.logits, min(3, e), dim=1).values

@@ -56,7 +56,7 @@ class Transformer(nn.Module):
                 unit = FeedForward(config, layer, size(shard.ffn_columns[layer]))
             if number not in self.layers:
                 self.layers[number] = nn.ModuleDict()
-            self.layers[number][kind] = unit
+            self.layers.get_submodule(number).add_module(kind, unit)
 
     def units(self) -> Iterator[tuple[str, nn.Module]]:
         """(global name, module) in order."""

@@ -69,9 +69,7 @@ class Attention(nn.Module):
         elif config.qk_norm == "head":
             q = rms_norm(q, self.q_norm.weight, config.norm_eps)
             k = rms_norm(k, self.k_norm.weight, config.norm_eps)
-        out = context.attention.attend(
-            self.layer, rotate(q, *rotary), rotate(k, *rotary), v, config.window(self.layer)
-        )
+        out = context.attention.attend(self.layer, rotate(q, *rotary), rotate(k, *rotary), v, config.window(self.layer))
         y_TD = x_TD + context.shard.leave(F.linear(out.flatten(1), self.o.weight))
         # The bias is whole on every rank, so it comes after the ranks are summed.
         return y_TD if self.o.bias is None else y_TD + self.o.bias
@@ -116,9 +114,7 @@ class MoEFeedForward(nn.Module):
         self.experts = Experts(config.hidden_size, experts, columns)
 
     def forward(self, x_TD: Tensor, rotary: Rotary, context: ForwardContext) -> Tensor:
-        u_TD, (weights_TK, experts_TK, kept_TK) = self.router(
-            rms_norm(x_TD, self.norm.weight, self.eps), context
-        )
+        u_TD, (weights_TK, experts_TK, kept_TK) = self.router(rms_norm(x_TD, self.norm.weight, self.eps), context)
         return x_TD + context.dispatcher.route(
             self.router.layer, u_TD, weights_TK, experts_TK, kept_TK, self.num_experts, self.experts
         )

@@ -30,8 +30,7 @@ _ADAMW = {
 }
 # Plain SGD has no moments: only bf16's fp32 masters remain.
 _SGD = {
-    name: BytesPerParameter(each.weights, each.gradients, 4 if name == "bf16" else 0)
-    for name, each in _ADAMW.items()
+    name: BytesPerParameter(each.weights, each.gradients, 4 if name == "bf16" else 0) for name, each in _ADAMW.items()
 }
 _ACCOUNTING = {"adamw": _ADAMW, "sgd": _SGD}
 

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 def require_matplotlib() -> None:
     """Raises UserError with the command that installs it where matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(
-            "report: matplotlib is not installed, which draws the charts; pip install 'moeforge[report]'"
-        )
+        raise UserError("report: matplotlib is not installed, which draws the charts; pip install 'moeforge[report]'")
 
 
 def style(palette: Palette, size: float = 11.5) -> dict[str, Any]:
@@ -92,9 +90,7 @@ def render(
             buffer,
             format="svg",
             transparent=True,
-            metadata=dict.fromkeys(
-                ("Creator", "Date", "Format", "Type")
-            ),  # no metadata block, same bytes each time
+            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),  # no metadata block, same bytes each time
         )
         areas = [_area(axis, height) | {"series": s} for axis, s in zip(axes, series, strict=True)]
     return _clean(buffer.getvalue(), name), {"width": width, "height": height, "axes": areas}

@@ -57,9 +57,7 @@ def loss(ax: Axes, runs: list[Run], palette: Palette, x: str = "step") -> None:
     finish(ax, x, ends)
 
 
-def scalar(
-    ax: Axes, runs: list[Run], palette: Palette, key: str, x: str = "step", smoothed: bool = False
-) -> None:
+def scalar(ax: Axes, runs: list[Run], palette: Palette, key: str, x: str = "step", smoothed: bool = False) -> None:
     """One number a step for every run; with `smoothed`, its moving average over the faint raw line.
 
     The axis is logarithmic where spikes would flatten the rest."""
@@ -76,9 +74,7 @@ def scalar(
     finish(ax, x, ends, zero=True)
 
 
-def layer_means(
-    ax: Axes, runs: list[Run], palette: Palette, key: str, x: str = "step", zero: bool = True
-) -> None:
+def layer_means(ax: Axes, runs: list[Run], palette: Palette, key: str, x: str = "step", zero: bool = True) -> None:
     """The mean over layers of one balance measure, one line a run (dense runs have none)."""
     ends = []
     for i, run in enumerate(runs):
@@ -149,9 +145,7 @@ def load_map(ax: Axes, run: Run, palette: Palette, colors: Palette) -> None:
     columns, rows = run.load.shape
     extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
     image = load_colors(run.load, colors).transpose(1, 0, 2)
-    ax.axhspan(
-        -0.5, rows - 0.5, color=palette.grid, alpha=0.5, linewidth=0, zorder=-1
-    )  # what "even" looks like
+    ax.axhspan(-0.5, rows - 0.5, color=palette.grid, alpha=0.5, linewidth=0, zorder=-1)  # what "even" looks like
     ax.imshow(image, aspect="auto", interpolation="none", extent=extent)
     gap = 2.0 if rows <= 16 else 1.0
     ax.hlines(np.arange(rows + 1) - 0.5, -0.5, columns - 0.5, color=palette.surface, linewidth=gap)
@@ -185,9 +179,7 @@ def gates(axes: list[Axes], run: Run, palette: Palette) -> None:
         for recording in run.gates:
             last = recording is run.gates[-1]
             if layer in recording.layers:
-                _gate_lines(
-                    ax, recording.layers[layer], palette, recording.step, last, gate_is_normalised(run)
-                )
+                _gate_lines(ax, recording.layers[layer], palette, recording.step, last, gate_is_normalised(run))
         experts = len(run.gates[-1].layers[layer].normalised)
         ax.axhline(1 / experts, color=palette.muted, linewidth=1, linestyle=(0, (3, 3)))
         ax.set_title(f"layer {layer}", fontsize="medium", color=palette.ink, loc="left", pad=8)
@@ -198,15 +190,11 @@ def gates(axes: list[Axes], run: Run, palette: Palette) -> None:
 
 
 def _peak(run: Run, layer: int) -> float:
-    kinds = [
-        (g.normalised, g.unnormalised) for g in (r.layers[layer] for r in run.gates if layer in r.layers)
-    ]
+    kinds = [(g.normalised, g.unnormalised) for g in (r.layers[layer] for r in run.gates if layer in r.layers)]
     return max(float(values.max()) for pair in kinds for values in pair if values is not None)
 
 
-def _gate_lines(
-    ax: Axes, gate: GateDistribution, palette: Palette, step: int, last: bool, both: bool
-) -> None:
+def _gate_lines(ax: Axes, gate: GateDistribution, palette: Palette, step: int, last: bool, both: bool) -> None:
     kinds = [("with normalisation" if both else "gate", gate.normalised, palette.series[0])]
     if both and gate.unnormalised is not None:
         kinds.append(("without", gate.unnormalised, palette.series[1]))
@@ -233,9 +221,7 @@ def finish(ax: Axes, x: str, ends: list[tuple[float, str, str]], zero: bool = Fa
     _end_labels(ax, [end for end in ends if np.isfinite(end[0])][:MAX_LABELS])
 
 
-def _line(
-    ax: Axes, x: Array, y: Array, color: str, label: str, limit: int | None = None
-) -> tuple[float, str, str]:
+def _line(ax: Axes, x: Array, y: Array, color: str, label: str, limit: int | None = None) -> tuple[float, str, str]:
     """Draw one line, a dot where it has a single point, and return its end label (height, text, colour)."""
     if not len(y):
         return float("nan"), "", color

@@ -124,19 +124,14 @@ def _headline(run: Run) -> str:
         parts.append("dense")
     else:
         moe = model.moe
-        norm = (
-            "no gate normalisation" if moe.gate_norm is None else f"gate normalisation λ = {moe.gate_norm:g}"
-        )
+        norm = "no gate normalisation" if moe.gate_norm is None else f"gate normalisation λ = {moe.gate_norm:g}"
         parts += [f"{moe.num_experts} experts, top-{moe.top_k}", norm]
     return " · ".join(parts)
 
 
 def _comparison(pages: list[RunPage]) -> list[tuple[str, str, list[str]]]:
     """Rows of the comparing table: name, note, one value a run."""
-    return [
-        (fact.name, fact.note, [page.facts[i].value for page in pages])
-        for i, fact in enumerate(pages[0].facts)
-    ]
+    return [(fact.name, fact.note, [page.facts[i].value for page in pages]) for i, fact in enumerate(pages[0].facts)]
 
 
 def _horizontal(runs: list[Run]) -> str:

@@ -68,9 +68,7 @@ def training(runs: list[Run], x: str) -> list[Panel]:
         def paint(axes: list[Axes], palette: Palette) -> None:
             draw.scalar(axes[0], runs, palette, key, x, smoothed)
 
-        return _chart(
-            key, title, text, paint, _any(run[key] for run in runs), legend=names, size="third", height=220
-        )
+        return _chart(key, title, text, paint, _any(run[key] for run in runs), legend=names, size="third", height=220)
 
     def paint_loss(axes: list[Axes], palette: Palette) -> None:
         draw.loss(axes[0], runs, palette, x)
@@ -178,9 +176,7 @@ def gate(run: Run, prefix: str, x: str) -> list[Panel]:
         missing = f"No gate distribution was recorded in this run ({GATE_EVERY})."
         distribution = Panel(name, title, "", missing=missing, size="wide")
     else:
-        text = (
-            "Mean gate probability of each token's experts, sorted from the largest. The dashed line is 1/E."
-        )
+        text = "Mean gate probability of each token's experts, sorted from the largest. The dashed line is 1/E."
         both = draw.gate_is_normalised(run)
         keys = [Key("with normalisation" if both else "gate", "var(--series-0)")]
         if both:

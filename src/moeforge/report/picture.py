@@ -37,9 +37,7 @@ def figure_png(run: Run | str | Path, path: str | Path) -> Path:
     palette = light()
     with matplotlib.rc_context(style(palette, size=10)):
         columns, rows = (3, 2) if run.layers else (2, 2)
-        figure = Figure(
-            figsize=(5 * columns, 3.1 * rows + 0.3), layout="constrained", facecolor=palette.surface
-        )
+        figure = Figure(figsize=(5 * columns, 3.1 * rows + 0.3), layout="constrained", facecolor=palette.surface)
         figure.get_layout_engine().set(w_pad=0.14, h_pad=0.14, wspace=0.02, hspace=0.03)
         axes = list(figure.subplots(rows, columns).flat)
         draw.loss(axes[0], [run], palette)

@@ -112,9 +112,7 @@ def load_run(path: str | Path) -> Run:
             ids = [int(entry.get("layer", i)) for i, entry in enumerate(entries)]
             values = [[_number(entry.get(key)) for key in LAYER_KEYS] for entry in entries]
             layer_rows[step] = (ids, np.array(values, dtype=np.float32))
-            loads.append(
-                {i: entry["load"] for i, entry in zip(ids, entries, strict=True) if entry.get("load")}
-            )
+            loads.append({i: entry["load"] for i, entry in zip(ids, entries, strict=True) if entry.get("load")})
         if row.get("gate_distribution"):
             gates[1:] = [_recording(step, row["gate_distribution"])]  # the first and the latest
     if not steps:
@@ -122,9 +120,7 @@ def load_run(path: str | Path) -> Run:
     order = sorted(steps)
     diverged = [step for step in order if not math.isfinite(steps[step].get("loss", 0.0))]
     if diverged:
-        notes.append(
-            f"The loss is not a finite number at {len(diverged)} step(s), first at step {diverged[0]}."
-        )
+        notes.append(f"The loss is not a finite number at {len(diverged)} step(s), first at step {diverged[0]}.")
     layers = tuple(sorted({i for ids, _ in layer_rows.values() for i in ids}))
     load, load_rows = _mean_load(loads, layers)
     return Run(
@@ -197,9 +193,7 @@ def _recording(step: int, entries: list[dict[str, Any]]) -> Recording:
     return Recording(step, layers)
 
 
-def _assemble(
-    order: list[int], layers: tuple[int, ...], rows: dict[int, tuple[list[int], Array]]
-) -> dict[str, Array]:
+def _assemble(order: list[int], layers: tuple[int, ...], rows: dict[int, tuple[list[int], Array]]) -> dict[str, Array]:
     column = {layer: i for i, layer in enumerate(layers)}
     table = np.full((len(order), len(layers), len(LAYER_KEYS)), np.nan)
     for i, step in enumerate(order):

@@ -73,9 +73,7 @@ def facts(summary: dict[str, Any]) -> list[Fact]:
     norm = "off" if s["experts"] and s["gate_norm"] is None else number(s["gate_norm"])
     alpha_known = not math.isnan(s["aux_coef_max"])
     return [
-        Fact(
-            "Held-out loss", _change(s["eval_loss_before"], s["eval_loss_after"]), "first and last evaluation"
-        ),
+        Fact("Held-out loss", _change(s["eval_loss_before"], s["eval_loss_after"]), "first and last evaluation"),
         Fact("Training loss", _change(s["loss_before"], s["loss_after"]), span),
         Fact("Drop rate", percent(s["drop_rate"]), "assignments over capacity, at the end"),
         Fact(

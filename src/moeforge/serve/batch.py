@@ -38,9 +38,7 @@ class StaticBatch:
         inputs, attention = self._next_inputs()
         lengths = self.cache.lengths
         tokens = self._tensor([token for part in inputs for token in part])
-        positions = self._tensor(
-            [p for part, n in zip(inputs, lengths, strict=True) for p in range(n - len(part), n)]
-        )
+        positions = self._tensor([p for part, n in zip(inputs, lengths, strict=True) for p in range(n - len(part), n)])
         last = self._tensor(list(accumulate(map(len, inputs)))) - 1
         context = ForwardContext(attention)
         hidden_TD = self.model(tokens, positions, context)

@@ -107,9 +107,7 @@ class LLM:
         if not tokenizer.chat_template:
             raise UserError("chat: the model's tokenizer has no chat template; give a plain prompt instead")
         try:
-            return str(
-                tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-            )
+            return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise UserError(f"chat: the chat template refuses the conversation ({error})") from error
 
@@ -124,9 +122,7 @@ class LLM:
         else:
             params = list(sampling_params)
         if len(params) != len(prompts):
-            raise UserError(
-                f"sampling_params: {len(params)} for {len(prompts)} prompts; give one, or one each"
-            )
+            raise UserError(f"sampling_params: {len(params)} for {len(prompts)} prompts; give one, or one each")
         requests = [self._request(i, prompt, params[i]) for i, prompt in enumerate(prompts)]
         if requests:
             batch = StaticBatch(self.model, requests)

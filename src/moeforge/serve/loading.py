@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moeforge.checkpoint import Checkpoint, load_model
+from moeforge.checkpoint import Checkpoint, load_model, pick_device
 from moeforge.checkpoint.names import EMBED
 from moeforge.errors import UserError
 from moeforge.model import Transformer
@@ -17,17 +17,6 @@ _DTYPES = {
     "fp64": torch.float64,
     "float64": torch.float64,
 }
-
-
-def pick_device(device: str) -> torch.device:
-    """The torch device; "auto" is a GPU where there is one. Raises UserError where it is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError):
-        here = ", cuda" if torch.cuda.is_available() else " (this machine has no CUDA device)"
-        raise UserError(f"device = {device!r}: must be auto, cpu{here}") from None
 
 
 def pick_dtype(dtype: str, checkpoint: Checkpoint) -> torch.dtype:

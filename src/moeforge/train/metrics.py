@@ -31,8 +31,7 @@ def router_rows(record: RouterRecord, drop_rate_L: Tensor) -> list[Row]:
     }
     values = {name: column.tolist() for name, column in columns.items()}
     return [
-        {"layer": layer} | {name: column[i] for name, column in values.items()}
-        for i, layer in enumerate(record.layers)
+        {"layer": layer} | {name: column[i] for name, column in values.items()} for i, layer in enumerate(record.layers)
     ]
 
 

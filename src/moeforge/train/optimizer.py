@@ -44,7 +44,7 @@ class Optimizer:
         clip_norm: float = 0.0,
     ) -> None:
         self.names = [name for name, _ in model.named_parameters()]
-        self.weights = [parameter for _, parameter in model.named_parameters()]
+        self.weights: list[Tensor] = [parameter for _, parameter in model.named_parameters()]
         self.masters = [w.detach().float() for w in self.weights] if masters else self.weights
         self.clip_norm = clip_norm
         self._uses_masters = masters
@@ -70,9 +70,7 @@ class Optimizer:
             mover.finish()
         gradients = [m.grad for m in self.masters if m.grad is not None]
         wide = torch.float64 if gradients[0].dtype == torch.float64 else torch.float32
-        norm = torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(g, dtype=wide) for g in gradients])
-        )
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=wide) for g in gradients]))
         if self.clip_norm > 0:
             factor = (self.clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0)
             if factor.device.type != "cpu" or factor < 1:

@@ -8,9 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from moeforge.checkpoint import Checkpoint, load_model, open_checkpoint
+from moeforge.checkpoint import Checkpoint, load_model, open_checkpoint, pick_device
 from moeforge.config.schema import TrainConfig
 from moeforge.config.toml import dump_config
 from moeforge.data import PackedDataset, TokenCache, build_cache
@@ -23,16 +21,6 @@ from moeforge.train.trainer import Trainer
 # What may differ between a checkpoint's configuration and the one that resumes it: none of it changes a loss.
 _FREE = ("run.", "checkpoint.", "eval.", "data.cache_dir", "model.device", "model.recompute")
 
-def pick_device(choice: str) -> torch.device:
-    """The configured device; "auto" takes a GPU if there is one. Raises UserError for a device that is not there."""
-    if choice == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=choice).device
-    except (RuntimeError, AssertionError) as error:
-        allowed = "auto, cpu" + (", cuda" if torch.cuda.is_available() else " (no CUDA device here)")
-        raise UserError(f'model.device = "{choice}": not available; allowed: {allowed}') from error
-
 
 def open_data(
     config: TrainConfig, tokenizer: Any, progress: Callable[[int], None] | None = None
@@ -41,9 +29,7 @@ def open_data(
     data, seed = config.data, config.run.seed
 
     def caches(sources: Any, fraction: float) -> list[TokenCache]:
-        return build_cache(
-            sources, tokenizer, data.cache_dir, holdout_fraction=fraction, seed=seed, progress=progress
-        )
+        return build_cache(sources, tokenizer, data.cache_dir, holdout_fraction=fraction, seed=seed, progress=progress)
 
     train = caches(data.train, 0.0 if data.eval else data.holdout_fraction)
     held_out = caches(data.eval, 1.0) if data.eval else train
@@ -70,12 +56,12 @@ def find_resume(config: TrainConfig, resume: str) -> tuple[Path, TrainerState] |
     state = load_trainer_state(found[0])
     mine, theirs = _flat(config.model_dump(mode="json")), _flat(state.config)
     for key in sorted(mine.keys() | theirs.keys()):
-        if not key.startswith(_FREE) or key == "run.seed":
-            if mine.get(key) != theirs.get(key):
-                raise UserError(
-                    f"{key} = {mine.get(key)}: the checkpoint {found[0]} was trained with {theirs.get(key)}; set it back, "
-                    "or start a new run in another run.dir"
-                )
+        changes_training = not key.startswith(_FREE) or key == "run.seed"
+        if changes_training and mine.get(key) != theirs.get(key):
+            raise UserError(
+                f"{key} = {mine.get(key)}: the checkpoint {found[0]} was trained with {theirs.get(key)}; set it back, or "
+                "start a new run in another run.dir"
+            )
     return found[0], state
 
 
@@ -97,7 +83,7 @@ def prepare(
 
     `data` replaces the corpora of the configuration by open datasets. Raises UserError for bad input.
     """
-    device = pick_device(config.model.device)
+    device = pick_device(config.model.device, "model.device")
     resumed = find_resume(config, resume)
     source = open_checkpoint(config.model.path)
     _check_positions(config, source)

@@ -105,7 +105,9 @@ def load_optimizer_state(directory: Path) -> dict[str, Tensor]:
         with safe_open(directory / _OPTIMIZER, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{directory / _OPTIMIZER}: cannot be read ({error}); resume from another checkpoint") from error
+        raise UserError(
+            f"{directory / _OPTIMIZER}: cannot be read ({error}); resume from another checkpoint"
+        ) from error
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:

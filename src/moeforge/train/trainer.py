@@ -18,6 +18,7 @@ from moeforge.data import Batch, PackedDataset
 from moeforge.errors import RunError
 from moeforge.evaluate import held_out_loss
 from moeforge.model import DenseAttention, ForwardContext, RouterRecord, RoutingGroups, Transformer
+from moeforge.model.units import Experts
 from moeforge.train.balance import AdaptiveCoefficients, drop_rate
 from moeforge.train.metrics import MetricsLog, Row, distribution_rows, router_rows
 from moeforge.train.optimizer import Optimizer
@@ -120,7 +121,8 @@ class Trainer:
         if moe and _due(step, config.run.similarity_every, first=True):
             for layer in moe:
                 experts = self.model.get_submodule(f"layers.{layer['layer']}.ffn.experts")
-                layer["expert_similarity"] = float(expert_similarity(experts.w13.detach(), experts.w2.detach()))
+                assert isinstance(experts, Experts)
+                layer["expert_similarity"] = expert_similarity(experts.w13, experts.w2).item()
         row |= {"tokens_per_second": batch.tokens.numel() / seconds, "seconds": seconds, "moe": moe}
         self.step, self.position = step, self.position + size
         self.tokens = row["tokens"]
@@ -145,11 +147,12 @@ class Trainer:
         router = self.config.router
         sequences, positions = part.tokens.shape
         valid = None if bool((part.documents >= 0).all()) else (part.documents >= 0).flatten().to(self.device)
+        groups = RoutingGroups(
+            sequences // router.group_sequences, valid, router.capacity_factor, router.drop_tokens, sequences
+        )
         context = ForwardContext(
             DenseAttention(sequences, positions, part.documents),
-            groups=None
-            if record is None
-            else RoutingGroups(sequences // router.group_sequences, valid, router.capacity_factor, router.drop_tokens),
+            groups=None if record is None else groups,
             record=record,
             micro_batch=index,
         )
@@ -224,7 +227,7 @@ class Trainer:
     def _check_finite(self, row: Row) -> None:
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             raise RunError(
-                f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}: training has diverged; lower "
+                f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}: diverged; lower "
                 f"optimizer.lr or raise schedule.warmup_steps (checkpoints are in {self.run_dir / 'checkpoints'})"
             )
 

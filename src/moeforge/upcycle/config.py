@@ -57,9 +57,7 @@ class UpcycleConfig:
             value, allowed = getattr(self, key), get_args(kind)
             if value not in allowed:
                 raise UserError(f"upcycle {key} = {value!r}: must be one of {', '.join(allowed)}")
-        self._positive(
-            "router_std", "a zero router sends every token to the same experts and never leaves them"
-        )
+        self._positive("router_std", "a zero router sends every token to the same experts and never leaves them")
         self._positive("noise_std", "a share of each matrix's standard deviation")
         for key in ("noise_fraction", "drop_ratio"):
             if not 0 < getattr(self, key) <= 1:
@@ -78,15 +76,11 @@ class UpcycleConfig:
     def _check_granularity(self) -> None:
         g = self.shards
         if self.method != "virtual-group" and g != 1:
-            raise UserError(
-                f"upcycle granularity = {g}: only --method virtual-group cuts experts, not {self.method}"
-            )
+            raise UserError(f"upcycle granularity = {g}: only --method virtual-group cuts experts, not {self.method}")
         if g < 1 or self.num_experts % g:
             raise UserError(f"upcycle granularity = {g}: must divide num_experts ({self.num_experts})")
         if self.top_k % g:
-            raise UserError(
-                f"upcycle granularity = {g}: must divide top_k ({self.top_k}): tokens use whole copies"
-            )
+            raise UserError(f"upcycle granularity = {g}: must divide top_k ({self.top_k}): tokens use whole copies")
 
     @property
     def shards(self) -> int:
@@ -119,13 +113,9 @@ class UpcycleConfig:
     def model_config(self, dense: ModelConfig) -> ModelConfig:
         """The result's configuration. UserError for what the router or the FFN width cannot be."""
         if dense.moe is not None:
-            raise UserError(
-                f"upcycle source: is already a mixture of {dense.moe.num_experts} experts; must be dense"
-            )
+            raise UserError(f"upcycle source: is already a mixture of {dense.moe.num_experts} experts; must be dense")
         if dense.ffn_size % self.shards:
-            raise UserError(
-                f"upcycle granularity = {self.shards}: must divide the dense FFN width ({dense.ffn_size})"
-            )
+            raise UserError(f"upcycle granularity = {self.shards}: must divide the dense FFN width ({dense.ffn_size})")
         if self.layer_frequency > dense.num_layers:
             raise UserError(
                 f"upcycle layer_frequency = {self.layer_frequency}: the model has {dense.num_layers} layers"

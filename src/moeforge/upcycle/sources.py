@@ -18,9 +18,7 @@ def check_donors(donors: Sequence[Checkpoint], config: UpcycleConfig) -> None:
     """UserError unless the donors share one configuration and one tokenizer, and each gets a copy."""
     first = donors[0]
     if len(donors) > config.copies:
-        raise UserError(
-            f"upcycle source: {len(donors)} donors; at most {config.copies}, one for each copy of a layer"
-        )
+        raise UserError(f"upcycle source: {len(donors)} donors; at most {config.copies}, one for each copy of a layer")
     if len(donors) == 1 and first.path.is_file():
         return  # a GGUF file's tokenizer is read, and checked, when it is copied
     vocabulary = _vocabulary(first)
@@ -32,9 +30,7 @@ def check_donors(donors: Sequence[Checkpoint], config: UpcycleConfig) -> None:
                     f"{donor.path}: {field.name} = {theirs}, but {mine} in {first.path}; donors must be alike"
                 )
         if _vocabulary(donor) != vocabulary:
-            raise UserError(
-                f"{donor.path}: another tokenizer than {first.path}; donors must share one tokenizer"
-            )
+            raise UserError(f"{donor.path}: another tokenizer than {first.path}; donors must share one tokenizer")
 
 
 def job(donors: Sequence[Checkpoint], config: UpcycleConfig) -> str:
@@ -61,7 +57,7 @@ def check_remains(out: Path, found: str | None, wanted: str) -> None:
 
 
 def _vocabulary(donor: Checkpoint) -> dict[str, int] | None:
-    if not donor.tokenizer_files and not donor.path.is_file():
+    if not donor.has_tokenizer:
         return None
     vocabulary: dict[str, int] = donor.tokenizer().get_vocab()
     return vocabulary

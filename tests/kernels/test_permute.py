@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moeforge.kernels import combine, expert_permutation, gather
-from moeforge.kernels.permute import ALIGNMENT
+from moeforge.kernels.permute import _ALIGNMENT_16_BIT as ALIGNMENT
 
 
 @st.composite

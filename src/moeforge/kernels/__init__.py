@@ -8,7 +8,7 @@ from moeforge.kernels.cross_entropy import linear_cross_entropy
 from moeforge.kernels.experts import expert_mlp, expert_mlp_reference
 from moeforge.kernels.gate import Gate, gate, normalize_logits
 from moeforge.kernels.norm import rms_norm
-from moeforge.kernels.permute import Permutation, combine, expert_permutation, gather
+from moeforge.kernels.permute import Permutation, combine, expert_permutation, gather, row_alignment
 from moeforge.kernels.rope import rotate
 from moeforge.kernels.swiglu import swiglu
 
@@ -25,5 +25,6 @@ __all__ = [
     "normalize_logits",
     "rms_norm",
     "rotate",
+    "row_alignment",
     "swiglu",
 ]

@@ -11,6 +11,27 @@ from moeforge.kernels.precision import widen
 
 # Rows of logits that exist at once: enough for efficient matmuls, 100 MB at a vocabulary of 49,152 in bf16.
 _CHUNK = 1024
+# Rows that are widened to float32 and normalised at once: what stays in a processor's cache.
+_BLOCK = 64
+
+
+def _softmax_minus_target(logits: Tensor, targets: Tensor, ignore: int, keep: bool) -> Tensor:
+    """Sum of the losses of logits [R, V]; with `keep` the logits become their own gradients."""
+    loss = torch.zeros((), dtype=widen(logits[:0]).dtype, device=logits.device)
+    for block, target in zip(logits.split(_BLOCK), targets.split(_BLOCK), strict=True):
+        wide = widen(block)
+        valid = (target != ignore).to(wide.dtype).unsqueeze(1)
+        index = target.clamp_min(0).unsqueeze(1)
+        picked = wide.gather(1, index)
+        highest = wide.amax(1, keepdim=True)
+        wide = wide.sub_(highest).exp_() if keep else (wide - highest).exp_()
+        total = wide.sum(1, keepdim=True)
+        loss += ((highest + total.log() - picked) * valid).sum()
+        if keep:
+            wide.mul_(valid / total).scatter_add_(1, index, -valid)
+            if wide.dtype != block.dtype:
+                block.copy_(wide)
+    return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -22,23 +43,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = None
         for start in range(0, x.shape[0], _CHUNK):
             part = slice(start, start + _CHUNK)
-            valid = targets[part] != ignore
-            index = targets[part].clamp_min(0).unsqueeze(1)
             logits = x[part] @ weight.t()
-            wide = widen(logits)
-            log_total = torch.logsumexp(wide, dim=1, keepdim=True)
-            loss += ((log_total - wide.gather(1, index)).squeeze(1) * valid).sum()
+            loss += _softmax_minus_target(logits, targets[part], ignore, keep=wanted)
             if grad_x is None:
                 continue
-            # softmax - one_hot, made here while the logits are at hand, and scaled by the incoming scalar later.
-            delta = torch.sub(wide, log_total, out=wide if wide is logits else None).exp_()
-            delta.scatter_add_(1, index, torch.full_like(log_total, -1.0))
-            delta = delta.mul_(valid.unsqueeze(1)).to(x.dtype)
-            torch.mm(delta, weight, out=grad_x[part])
+            # The gradients are made while the logits are at hand, and scaled by the incoming scalar later.
+            torch.mm(logits, weight, out=grad_x[part])
             if grad_weight is None:
-                grad_weight = delta.t() @ x[part]
+                grad_weight = logits.t() @ x[part]
             else:
-                grad_weight.addmm_(delta.t(), x[part])
+                grad_weight.addmm_(logits.t(), x[part])
         ctx.save_for_backward(grad_x, grad_weight)
         return loss
 

@@ -39,8 +39,8 @@ class _ExpertMLP(torch.autograd.Function):
         x, h, w13, w2, offsets = ctx.saved_tensors
         grad = grads[0].contiguous()
         # The activation is computed again from h: it is half of h's size and cheap beside the matmuls.
-        grad_w2 = F.grouped_mm(grad.t(), swiglu_forward(h), offs=offsets)
-        grad_h = swiglu_backward(h, F.grouped_mm(grad, w2, offs=offsets))
+        activation, grad_h = swiglu_backward(h, F.grouped_mm(grad, w2, offs=offsets))
+        grad_w2 = F.grouped_mm(grad.t(), activation, offs=offsets)
         grad_w13 = F.grouped_mm(grad_h.t(), x, offs=offsets)
         return F.grouped_mm(grad_h, w13, offs=offsets), grad_w13, grad_w2, None
 

@@ -7,9 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Matrix libraries prepare code for each new shape: with free row counts nearly every expert call is a new shape
-# (measured: bf16 on CPU 3x slower). Multiples of 32 leave few shapes; grouped kernels on GPUs want 16 or more.
-ALIGNMENT = 32
+_ALIGNMENT_16_BIT = 32
+
+
+def row_alignment(dtype: torch.dtype) -> int:
+    """Multiple of rows at which expert groups start.
+
+    16-bit matmuls prepare code for each new shape: with free row counts nearly every expert call is a new shape
+    (measured: bf16 on CPU 3x slower). Multiples of 32 leave few shapes, and grouped kernels on GPUs want 16 or more.
+    float32 and float64 take any row count equally well, so there padding would only be work.
+    """
+    return _ALIGNMENT_16_BIT if dtype.itemsize == 2 else 1
 
 
 class Permutation(NamedTuple):
@@ -21,8 +29,10 @@ class Permutation(NamedTuple):
     offsets_E: Tensor
 
 
-def expert_permutation(experts_TK: Tensor, num_experts: int, kept_TK: Tensor | None = None) -> Permutation:
-    """Stable sort of assignments by expert into groups of aligned size.
+def expert_permutation(
+    experts_TK: Tensor, num_experts: int, kept_TK: Tensor | None = None, alignment: int = _ALIGNMENT_16_BIT
+) -> Permutation:
+    """Stable sort of assignments by expert into groups of `alignment` rows or multiples of it.
 
     experts_TK int64 [T, K]. Where `kept_TK` is false the assignment goes nowhere: its row is the last one, which is
     always padding. Row counts are exact on CPU; on other devices the buffer has its largest possible size, so that
@@ -35,14 +45,14 @@ def expert_permutation(experts_TK: Tensor, num_experts: int, kept_TK: Tensor | N
     order_N = torch.argsort(experts_N, stable=True)
     # Not bincount: on GPUs it waits for its result's size.
     counts = experts_N.new_zeros(num_experts + 1).scatter_add_(0, experts_N, torch.ones_like(experts_N))[:-1]
-    aligned = (counts + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    aligned = (counts + alignment - 1) // alignment * alignment
     ends = aligned.cumsum(0)
     if experts_TK.device.type == "cpu":
         rows = int(ends[-1])
     else:
-        rows = (tokens * k + num_experts * (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
+        rows = (tokens * k + num_experts * (alignment - 1)) // alignment * alignment
     if kept_TK is not None:
-        rows += ALIGNMENT
+        rows += alignment
     if tokens == 0:
         rows = 0  # no token 0 to fill padding with
     # Shift from the dense sorted position to the aligned one, by expert; dropped assignments come last in the order.

@@ -15,14 +15,19 @@ def swiglu_forward(h: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def swiglu_backward(h: Tensor, grad: Tensor) -> Tensor:
-    """Gradient [..., 2F] of `swiglu_forward` at h for the output gradient [..., F]."""
+def swiglu_backward(h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """`swiglu_forward` of h again, and its gradient [..., 2F] for the output gradient [..., F].
+
+    Both need silu(gate), which is computed once; the halves of the result serve as scratch.
+    """
     gate, up = h.chunk(2, dim=-1)
     out = torch.empty_like(h)
     grad_gate, grad_up = out.chunk(2, dim=-1)
-    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-    torch.mul(F.silu(gate), grad, out=grad_up)
-    return out
+    activation = F.silu(gate)
+    torch.mul(activation, grad, out=grad_up)
+    torch.mul(grad, up, out=grad_gate)
+    torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+    return activation.mul_(up), out
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -33,7 +38,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return swiglu_backward(ctx.saved_tensors[0], grads[0])
+        return swiglu_backward(ctx.saved_tensors[0], grads[0])[1]
 
 
 def swiglu(h: Tensor) -> Tensor:

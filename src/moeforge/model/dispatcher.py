@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from moeforge.kernels import combine, expert_permutation, gather
+from moeforge.kernels import combine, expert_permutation, gather, row_alignment
 
 ExpertFunction = Callable[[Tensor, Tensor], Tensor]
 """(x_RD sorted by local expert, offsets_e int32) -> y_RD"""
@@ -48,6 +48,6 @@ class LocalDispatcher:
     ) -> Tensor:
         if kept_TK is not None:
             weights_TK = weights_TK.where(kept_TK, 0.0)
-        permutation = expert_permutation(experts_TK, num_experts, kept_TK)
+        permutation = expert_permutation(experts_TK, num_experts, kept_TK, row_alignment(x_TD.dtype))
         y_RD = experts(gather(x_TD, permutation), permutation.offsets_E)
         return combine(y_RD, weights_TK, permutation)

@@ -196,5 +196,5 @@ def test_a_finished_cache_opens_where_nothing_can_be_written(tmp_path: Path, tok
 
     monkeypatch.setattr("moeforge.data.build.FileLock", refuse)
     assert build_cache([source], tokenizer, tmp_path)[0].directory == built.directory
-    with pytest.raises(RunError, match="Read-only"):
+    with pytest.raises(UserError, match="Read-only"):
         build_cache([source], tokenizer, tmp_path, seed=1)

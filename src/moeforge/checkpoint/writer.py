@@ -7,7 +7,6 @@ allows trailing spaces), weights are appended behind it, and the header is fille
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from moeforge.checkpoint.families import disk_name
 from moeforge.checkpoint.names import canonical_shapes
 from moeforge.config.hf import model_config_to_hf, on_disk_form
 from moeforge.config.model import ModelConfig
-from moeforge.errors import RunError, UserError
+from moeforge.errors import RunError, UserError, no_room
 
 SHARD_BYTES = 5_000_000_000
 _JOURNAL = "journal.jsonl"
@@ -162,10 +161,10 @@ class ShardWriter:
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if not (full := no_room(error)):
                 raise
             raise RunError(
-                f"{self.directory}: the disk is full ({error.strerror}); {len(self._done)} of "
+                f"{self.directory}: the disk is full ({full}); {len(self._done)} of "
                 f"{len(self._shapes)} weights are saved in {self.partial}: free space and run again to go on"
             ) from None
 
@@ -199,19 +198,24 @@ def interrupted_job(directory: Path) -> str | None:
 
 
 def require_free_directory(directory: Path) -> None:
-    """Raise UserError unless nothing is lost by writing there."""
-    if directory.is_dir() and not any(directory.iterdir()):
-        return
-    if directory.exists():
+    """Raise UserError unless the directory can be written, and nothing is lost by writing there."""
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise UserError(f"{directory}: already exists and is not empty; name another directory or remove it")
+    place = nearest_existing(directory.absolute().parent)
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise UserError(f"{directory}: {place} is not a directory in which files can be written")
+
+
+def nearest_existing(place: Path) -> Path:
+    """`place`, or the lowest of its parents that is there."""
+    while not place.exists():
+        place = place.parent
+    return place
 
 
 def require_disk_space(directory: str | Path, needed_bytes: int) -> None:
     """Raise RunError naming both figures if the disk of `directory` (which may not exist) has less space."""
-    place = Path(directory).absolute()
-    while not place.exists():
-        place = place.parent
-    available = shutil.disk_usage(place).free
+    available = shutil.disk_usage(nearest_existing(Path(directory).absolute())).free
     if available < needed_bytes:
         raise RunError(
             f"{directory}: needs {needed_bytes / 1e9:.1f} GB of disk, {available / 1e9:.1f} GB are "

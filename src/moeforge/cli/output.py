@@ -17,17 +17,21 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeforge.errors import RunError, UserError
+from moeforge.errors import RunError, UserError, no_room
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
 
-_FULL = {
-    errno.ENOSPC: "no space left on device",
-    errno.EDQUOT: "disk quota exceeded",
-    errno.EFBIG: "file too large",
+_PATH = {
+    errno.EACCES: "permission denied; name a file or directory that you may use",
+    errno.EPERM: "permission denied; name a file or directory that you may use",
+    errno.EROFS: "lies on a read-only file system; name another place",
+    errno.ENOTDIR: "one of its parents is a file; name another place",
+    errno.EISDIR: "is a directory; a file is needed here",
+    errno.EEXIST: "is in the way; remove it or name another place",
+    errno.ENAMETOOLONG: "the name is too long",
 }
 _results: IO[str] | None = None
 
@@ -85,30 +89,26 @@ def describe_failure(error: Exception) -> tuple[str, int | None]:
     if isinstance(error, typer.TyperException):
         context = getattr(error, "ctx", None)
         see = f" (see '{context.command_path} --help')" if context is not None else ""
-        return _one_line(error.format_message()) + see, error.exit_code
-    if full := _disk_full(error):
-        return full, 1
+        return _one_line(error.format_message() + _refused_value(error)) + see, error.exit_code
+    if full := no_room(error):
+        name = getattr(error, "filename", None)
+        where = f" while writing {name}" if name else ""
+        return f"{full}{where}: make room and run the command again", RunError.exit_code
+    if isinstance(error, OSError) and error.errno in _PATH and error.filename:
+        return _one_line(f"{error.filename}: {_PATH[error.errno]}"), UserError.exit_code
     return _one_line(f"{type(error).__name__}: {error}"), None
+
+
+def _refused_value(error: Exception) -> str:
+    """What typer's message about a value of the wrong type leaves out: the value."""
+    problems = getattr(error.__cause__, "errors", None)
+    return f": {problems()[0]['input']!r}" if callable(problems) else ""
 
 
 def discard_stdout() -> None:
     """After a broken pipe: send the interpreter's last flush of stdout nowhere."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _disk_full(error: BaseException | None) -> str | None:
-    """The line for a write that found no room, however deep it lies and whichever library raised it."""
-    while error is not None:
-        words, name = str(error), getattr(error, "filename", None)
-        for code, text in _FULL.items():
-            # safetensors tells the number in words only; torch.save only that it got less far than meant
-            torch_short = code == errno.ENOSPC and "inline_container" in words and "unexpected pos" in words
-            if getattr(error, "errno", None) == code or f"(os error {code})" in words or torch_short:
-                where = f" while writing {name}" if name else ""
-                return f"{text}{where}: make room and run the command again"
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _one_line(text: str) -> str:

@@ -14,7 +14,7 @@ from moeforge.data.encode import Encoder
 from moeforge.data.reading import read_pieces
 from moeforge.data.source import Source, corpus_files
 from moeforge.data.writer import StreamWriter
-from moeforge.errors import RunError, UserError
+from moeforge.errors import RunError, UserError, no_room
 
 Progress = Callable[[int], None]
 
@@ -63,10 +63,10 @@ def build_cache(
                     if not final.exists():
                         _build(source, encoder, final, holdout_fraction, seed, advance)
         except OSError as error:
-            raise RunError(
-                f"data.cache_dir {str(root)!r}: cannot write the token cache of {source.path!r} "
-                f"({error.strerror or error}); nothing of it was kept"
-            ) from error
+            reason = f"data.cache_dir {str(root)!r}: cannot write the token cache of {source.path!r} ({error.strerror})"
+            if no_room(error):
+                raise RunError(f"{reason}; nothing of it was kept") from error
+            raise UserError(f"{reason}; name a directory that can be written") from error
         caches.append(TokenCache.open(final, source.weight))
     return caches
 

@@ -1,6 +1,7 @@
 """Writing one packed stream, a document at a time."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ class StreamWriter:
     def abandon(self) -> None:
         for file in (self._tokens, self._starts, self._loss):
             if file is not None:
-                file.close()
+                with suppress(OSError):  # what a full disk did not take is given up
+                    file.close()
 
     @staticmethod
     def _read(file: Any, at: int, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moeforge.errors import UserError
+from moeforge.errors import RunError, UserError
 from moeforge.report import panels
 from moeforge.report.canvas import require_matplotlib
 from moeforge.report.panels import Panel
@@ -51,6 +50,7 @@ def write_report(paths: list[Path], out: Path | None = None) -> dict[str, Any]:
 
     Raises:
         UserError: no run given, a path without metrics, a run twice, no matplotlib, or an unwritable `out`.
+        RunError: the disk is full; an earlier page is kept.
     """
     require_matplotlib()
     if not paths:
@@ -155,20 +155,13 @@ def _thinned(runs: list[Run]) -> str:
 
 
 def _write(out: Path, content: bytes) -> None:
+    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        with tempfile.NamedTemporaryFile(dir=out.parent, prefix=f".{out.name}.", delete=False) as file:
-            try:
-                file.write(content)
-            except OSError:
-                Path(file.name).unlink(missing_ok=True)
-                raise
-        Path(file.name).chmod(0o666 & ~_umask())
-        Path(file.name).replace(out)
+        draft.write_bytes(content)
+        draft.replace(out)
     except PermissionError as error:
         raise UserError(f"--out {out}: not writable ({error.strerror})") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    except OSError as error:
+        raise RunError(f"--out {out}: cannot be written ({error.strerror}); what was there is kept") from error
+    finally:
+        draft.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moeforge.checkpoint import Checkpoint, save_model
-from moeforge.errors import RunError, UserError
+from moeforge.errors import RunError, UserError, no_room
 from moeforge.model import Transformer
 
 _PREFIX = "step-"
@@ -80,8 +79,8 @@ def save_checkpoint(
             shutil.rmtree(leftover, ignore_errors=True)
         done = checkpoints(run_dir)
         saved = f"the last complete checkpoint is {done[-1]}" if done else "no checkpoint was saved before"
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else str(error).splitlines()[0]
+        full = no_room(error)
+        reason = f"the disk is full: {full}" if full else str(error).splitlines()[0]
         raise RunError(f"{final}: cannot save the checkpoint of step {state.step} ({reason}); {saved}") from error
     for old in checkpoints(run_dir)[:-keep]:
         shutil.rmtree(old)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from moeforge.config.hf_checks import check_values, refuse_unsupported
 from moeforge.config.hf_rope import rope_from_hf, rope_scaling_to_hf
 from moeforge.config.model import ModelConfig, MoEConfig, QKNorm
 from moeforge.errors import UserError
@@ -65,7 +66,8 @@ def model_config_from_hf(data: HFConfig, names: Iterable[str] | None = None) -> 
     if family == "moeforge":
         return _from_own(data)
     hf = {**_COMMON, **_DEFAULTS[family], **data}
-    _refuse_unsupported(hf)
+    check_values(hf)
+    refuse_unsupported(hf)
     heads, hidden = _size(hf, "num_attention_heads"), _size(hf, "hidden_size")
     window, first_window_layer = _sliding_window(family, hf)
     rope, max_positions = rope_from_hf(family, hf, _size(hf, "max_position_embeddings"))
@@ -133,7 +135,6 @@ def model_config_to_hf(config: ModelConfig, dtype: str = "bfloat16") -> HFConfig
         # For the dynamic kind, Hugging Face's key means the length from which the scaling starts.
         "max_position_embeddings": c.rope.original_max_positions if dynamic else c.max_positions,
         "rope_theta": c.rope.theta,
-        "rope_scaling": scaling or None,
         "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": c.rope.theta},
         "attention_bias": c.qkv_bias and form != "qwen2",
         "tie_word_embeddings": c.tie_embeddings,
@@ -142,6 +143,8 @@ def model_config_to_hf(config: ModelConfig, dtype: str = "bfloat16") -> HFConfig
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+    if scaling:  # transformers 4 reads this key; 5 warns of it, so that it is only there where it says something
+        data["rope_scaling"] = scaling
     if form in ("mistral", "mixtral", "moeforge"):
         data["sliding_window"] = c.sliding_window
     elif form.startswith("qwen"):
@@ -182,8 +185,10 @@ def _family(data: HFConfig) -> str:
 def _from_own(data: HFConfig) -> ModelConfig:
     try:
         return ModelConfig.from_dict(data["moeforge"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"config.json: moeforge = {error}: the section does not describe a model") from None
+    except KeyError:
+        raise UserError("config.json: moeforge: missing; it must describe a model of this model_type") from None
+    except UserError as error:
+        raise UserError(f"config.json: moeforge: {error}") from None
 
 
 def _size(hf: HFConfig, key: str) -> int:
@@ -197,29 +202,6 @@ def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else (value,)
-
-
-def _refuse_unsupported(hf: HFConfig) -> None:
-    def refuse(key: str, allowed: str) -> None:
-        raise UserError(f"config.json: {key} = {hf[key]!r} is not supported; only {allowed}")
-
-    if hf.get("hidden_act", "silu") not in ("silu", "swish"):
-        refuse("hidden_act", '"silu"')
-    for key in ("mlp_bias", "moe_2layer_gate"):
-        if hf.get(key):
-            refuse(key, "false")
-    for key in ("clip_qkv", "n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size"):
-        if hf.get(key):
-            refuse(key, "null")
-    for key in ("partial_rotary_factor", "rotary_percent", "rotary_pct"):
-        if hf.get(key, 1.0) not in (None, 1.0):
-            refuse(key, "1.0 (rotary over the whole head)")
-    if quantization := hf.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown")
-        raise UserError(
-            f'config.json: quantization_config.quant_method = "{method}" is not supported here; only '
-            "unquantised checkpoints are"
-        )
 
 
 def _moe(family: str, hf: HFConfig, names: Iterable[str]) -> MoEConfig | None:

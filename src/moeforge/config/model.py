@@ -148,12 +148,21 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
-        """The inverse of `to_dict`."""
-        data = dict(data)
-        data["rope"] = RopeConfig(**data["rope"])
-        data["moe"] = MoEConfig(**data["moe"]) if data.get("moe") else None
-        data["eos_token_ids"] = tuple(data["eos_token_ids"])
-        return cls(**data)
+        """The inverse of `to_dict`. Raises UserError for a key that is unknown, missing or of the wrong type."""
+        data = {"rope": {}, **data} if isinstance(data, dict) else data
+        _check_fields(cls, data, "")
+        _check_fields(RopeConfig, data["rope"], "rope.")
+        moe = data.get("moe")
+        if moe is not None:
+            _check_fields(MoEConfig, moe, "moe.")
+        return cls(
+            **{
+                **data,
+                "rope": RopeConfig(**data["rope"]),
+                "moe": None if moe is None else MoEConfig(**moe),
+                "eos_token_ids": tuple(data.get("eos_token_ids", ())),
+            }
+        )
 
     def fingerprint(self) -> str:
         """Short hash of what the weights depend on; plans carry it, so that they are not used on another model."""
@@ -161,3 +170,30 @@ class ModelConfig:
         for name in ("family", "bos_token_id", "eos_token_ids"):
             del data[name]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "text"),
+    "tuple[int, ...]": ((list, tuple), "a list of whole numbers"),
+}
+
+
+def _check_fields(cls: type, data: Any, prefix: str) -> None:
+    """UserError unless `data` is a mapping from fields of `cls` to values of their (plain) types."""
+    if not isinstance(data, dict):
+        raise UserError(f"{prefix.rstrip('.') or 'model'} = {data!r}: must be a mapping")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if unknown := [key for key in data if key not in fields]:
+        raise UserError(f"{prefix}{unknown[0]}: unknown key; known are {', '.join(fields)}")
+    for name, known in fields.items():
+        kind, _, optional = str(known.type).partition(" | ")
+        if name not in data:
+            if known.default is known.default_factory is dataclasses.MISSING:
+                raise UserError(f"{prefix}{name}: missing")
+        elif kind in _KINDS and not (optional and data[name] is None):
+            types, allowed = _KINDS[kind]
+            if not isinstance(data[name], types) or (isinstance(data[name], bool) and kind != "bool"):
+                raise UserError(f"{prefix}{name} = {data[name]!r}: must be {allowed}")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,20 +28,39 @@ def tokenizer_files(path: Path) -> list[Path]:
 
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a model directory or GGUF file. Raises UserError if none can be loaded."""
-    from transformers import AutoTokenizer, LlamaTokenizer
-
     try:
-        if path.is_file():
-            return _without_additions(AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name))
-        if _class_name(path) == "SkyworkTokenizer":
-            # Skywork's class is remote code around Llama's SentencePiece tokenizer (formats.md 1).
-            return LlamaTokenizer.from_pretrained(path)
-        return AutoTokenizer.from_pretrained(path)
+        with _quiet():
+            return _load(path)
     except Exception as error:  # transformers raises whatever its parsers raise
         reason = first_line(error)
         if (path / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
             reason = "its tokenizer.model needs the package sentencepiece: pip install sentencepiece"
         raise UserError(f"{path}: no tokenizer can be loaded from it ({reason})") from error
+
+
+def _load(path: Path) -> Any:
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    if path.is_file():
+        return _without_additions(AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name))
+    if _class_name(path) == "SkyworkTokenizer":
+        # Skywork's class is remote code around Llama's SentencePiece tokenizer (formats.md 1).
+        return LlamaTokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what transformers says about a model_type that it does not know: only the tokenizer is read."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def copy_tokenizer(path: Path, directory: Path) -> None:

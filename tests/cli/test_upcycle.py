@@ -69,7 +69,7 @@ def test_every_option_arrives(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ("--method virtual-group --granularity 3", "granularity = 3: must divide num_experts (8)"),
         ("--method clone", "clone"),
         ("--text nowhere.txt", "--text: is only read with --verify"),
-        ("--text nowhere.txt --verify", "--text = nowhere.txt: cannot be read"),
+        ("--text nowhere.txt --verify", "--text = 'nowhere.txt': cannot be read"),
     ],
 )
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, line: str) -> None:

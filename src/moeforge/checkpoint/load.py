@@ -35,7 +35,7 @@ def load_model(
 
     def read(name: str) -> Tensor:
         stored = opened.tensor(name)
-        check_finite(name, stored)
+        check_finite(f"{opened.path}: {name}", stored)
         return stored.to(dtype or stored.dtype)
 
     with torch.device("meta"):

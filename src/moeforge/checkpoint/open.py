@@ -30,6 +30,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     Raises UserError where nothing is there, files are missing or cut short, or the weights are not those that
     the configuration describes.
     """
+    if not str(model).strip():
+        raise UserError("model = '': must name a directory, a .gguf file, a hub id or a preset")
     path = Path(model).expanduser()
     if path.is_file():
         return _open_gguf(path)

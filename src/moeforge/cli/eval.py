@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from moeforge.cli.output import Json, emit
-from moeforge.errors import RunError, UserError
+from moeforge.cli.text import read_text
+from moeforge.errors import RunError
 
 # What training with the defaults (run.seed, data.holdout_fraction) holds out of the running Python's topics.
 _SEED, _HOLDOUT_FRACTION = 0, 0.01
@@ -36,7 +37,7 @@ def command(
     from moeforge.evaluate import evaluate_text, evaluate_tokens
     from moeforge.serve.loading import load
 
-    words = None if text is None else _read(text)
+    words = None if text is None else read_text("--text", text)
     checkpoint = open_checkpoint(model)
     window = min(1024, checkpoint.config.max_positions) if sequence_length is None else sequence_length
     tokenizer = checkpoint.tokenizer()
@@ -49,15 +50,6 @@ def command(
         raise RunError(f"{model}: the loss is {result.loss}; the weights are damaged or overflow in this dtype")
     human = f"loss {result.loss:.4f}, perplexity {result.perplexity:.3f} over {result.tokens:,} tokens"
     emit(dataclasses.asdict(result), json, human)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"text = {str(path)!r}: is not UTF-8 (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise UserError(f"text = {str(path)!r}: cannot be read ({error.strerror})") from None
 
 
 def _python_topics(tokenizer: Any) -> list[int]:

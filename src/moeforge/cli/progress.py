@@ -16,13 +16,12 @@ class TrainingBar:
         self._console, self._title = console, title
         self._every = max(1, steps // 10)
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             console=console,
+            disable=not console.is_terminal,
         )
         self._task = self._progress.add_task(title, total=steps, completed=done, note="")
 
@@ -42,9 +41,9 @@ class TrainingBar:
             drop = sum(layer["drop_rate"] for layer in row["moe"]) / len(row["moe"])
             alpha = sum(layer["aux_coef"] for layer in row["moe"]) / len(row["moe"])
             note += f"  drop {drop:.3f}  α {alpha:.4f}"
+        self._progress.update(self._task, completed=row["step"], note=note)
         if "eval_loss" in row:
             note += f"  held-out {row['eval_loss']:.4f}"
-        self._progress.update(self._task, completed=row["step"], note=note)
-        # Where no bar can be drawn (a log file, CI) a line now and then says the same.
-        if not self._console.is_terminal and (row["step"] % self._every == 0 or "eval_loss" in row):
+        # A line that stays at every evaluation; where no bar can be drawn (a log file, CI) more often.
+        if "eval_loss" in row or (not self._console.is_terminal and row["step"] % self._every == 0):
             self._console.print(f"{self._title}: step {row['step']}  {note}", soft_wrap=True)

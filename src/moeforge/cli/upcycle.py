@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from moeforge.cli.output import Json, emit, stderr_console
+from moeforge.cli.text import read_text
 from moeforge.errors import UserError
 
 Progress = Callable[[int, int], None]
@@ -62,7 +63,7 @@ def command(
     """Turn a dense checkpoint into a mixture of experts, layer by layer. Goes on where it was interrupted."""
     if text is not None and not verify:
         raise UserError("--text: is only read with --verify")
-    words = None if text is None else _read_text(text)
+    words = None if text is None else read_text("--text", text)
 
     from moeforge.checkpoint import open_checkpoint
     from moeforge.upcycle import UpcycleConfig, sample_tokens, upcycle
@@ -119,13 +120,6 @@ def _gate_norm(value: str) -> Any:
         raise UserError(f"--gate-norm = {value}: must be a positive number, off or auto") from None
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text = {path}: cannot be read as UTF-8 text ({error})") from None
-
-
 @contextmanager
 def _bar(title: str, unit: str) -> Iterator[Progress]:
     """A progress bar on stderr; yields its update (done, total)."""
@@ -133,9 +127,14 @@ def _bar(title: str, unit: str) -> Iterator[Progress]:
 
     amount = rich.DownloadColumn() if unit == "bytes" else rich.MofNCompleteColumn()
     columns = (rich.TextColumn(title), rich.BarColumn(), amount, rich.TimeRemainingColumn())
-    with rich.Progress(*columns, console=stderr_console()) as bar:
+    console = stderr_console()
+    with rich.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        try:
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        except BaseException:
+            bar.live.transient = True  # the error's line stands alone
+            raise
 
 
 def _summary(made: Any, check: Any) -> str:

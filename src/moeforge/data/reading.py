@@ -115,8 +115,10 @@ def _jsonl_pieces(path: Path, source: Source) -> Iterator[Piece]:
 def _parquet_pieces(path: Path, source: Source) -> Iterator[Piece]:
     import datasets
     import pyarrow
+    import pyarrow.parquet
 
     try:
+        pyarrow.parquet.read_schema(path)  # datasets would log a line of its own before it raises
         rows = datasets.load_dataset("parquet", data_files=[str(path)], split="train", streaming=True)
         yield from _dataset_pieces(rows, source, str(path))
     except (pyarrow.ArrowException, datasets.exceptions.DatasetGenerationError) as error:

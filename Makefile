@@ -7,7 +7,7 @@
 #
 # PYTHON       the interpreter .venv is made with
 # TORCH_INDEX  a package index to take torch from, for another build of it
-#              (CPU only: https://download.pytorch.org/whl/cpu)
+#              (one with CPU-only or other CUDA builds)
 
 PYTHON ?= python3.11
 TORCH_INDEX ?=

@@ -15,7 +15,7 @@ import torch
 from moeforge.checkpoint import Checkpoint, ShardWriter, canonical_shapes, open_checkpoint
 from moeforge.checkpoint import writer as writer_module
 from moeforge.errors import RunError, UserError
-from moeforge.upcycle import UpcycleConfig, upcycle
+from moeforge.upcycle import UpcycleConfig, upcycle, verify
 from moeforge.upcycle.methods import FFN, make_expert
 
 MakeDense = Callable[..., Checkpoint]
@@ -60,6 +60,16 @@ def test_random_methods_write_what_the_functions_give(make_dense: MakeDense, tmp
     moe = open_checkpoint(upcycle(dense, tmp_path / "out", config).path)
     for mine, theirs in zip(expert(moe, 2, 3), make_expert([dense_ffn(dense, 2)], config, 2, 3), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_lambda_as_a_parameter_starts_where_it_is_asked_to(make_dense: MakeDense, tmp_path: Path) -> None:
+    config = UpcycleConfig(num_experts=4, gate_norm=0.5, gate_norm_learned=True)
+    upcycle(make_dense(), tmp_path / "out", config)
+    made = open_checkpoint(tmp_path / "out")
+    assert made.config.moe is not None and made.config.moe.gate_norm_learned
+    assert [made.tensor(f"model.layers.{i}.block_sparse_moe.gate.scale").item() for i in range(3)] == [0.5] * 3
+    check = verify(make_dense("again"), made, torch.arange(40), config.preserves_function())
+    assert check.preserves_function and check.passed
 
 
 def test_layer_frequency_leaves_dense_layers(make_dense: MakeDense, tmp_path: Path) -> None:

@@ -34,6 +34,9 @@ def command(
         str,
         typer.Option(help="Lambda of the gating-logit normalisation, or off; auto is 1.0 from 3 experts on."),
     ] = "auto",
+    learn_gate_norm: Annotated[
+        bool, typer.Option("--learn-gate-norm", help="Make lambda a parameter of every layer, begun at --gate-norm.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of routers, noise and re-initialisation.")] = 0,
     verify: Annotated[bool, typer.Option("--verify", help="Compare logits with the dense model.")] = False,
     text: Annotated[Path | None, typer.Option(help="Text file to verify on, instead of a built-in one.")] = None,
@@ -70,7 +73,8 @@ def command(
     from moeforge.upcycle import verify as compare
 
     config = UpcycleConfig(
-        num_experts=experts, top_k=top_k, method=method, gate_norm=_gate_norm(gate_norm), seed=seed,
+        num_experts=experts, top_k=top_k, method=method, gate_norm=_gate_norm(gate_norm),
+        gate_norm_learned=learn_gate_norm, seed=seed,
         layer_frequency=layer_frequency, granularity=granularity, scaling=scaling, renormalize=renormalize,
         noise_std=noise_std, noise_fraction=noise_fraction, drop_ratio=drop_ratio, shared=shared, dtype=dtype,
     )  # fmt: skip

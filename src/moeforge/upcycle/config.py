@@ -25,7 +25,7 @@ class UpcycleConfig:
 
     `num_experts` and `top_k` count the experts of the result. `gate_norm` is lambda of the gating-logit
     normalisation, None for plain softmax, "auto" for 1.0 where it is defined (E >= 3) and weights are
-    renormalised. `granularity` (virtual-group only) cuts each of the E / G copies of the FFN into G
+    renormalised; with `gate_norm_learned` it is the start of one parameter a layer. `granularity` (virtual-group only) cuts each of the E / G copies of the FFN into G
     experts; None takes G = K, one whole copy a token. `noise_std` is a share of each matrix's own standard
     deviation; `noise_fraction` and `drop_ratio` are shares of the F intermediate units. `dtype` "keep"
     writes what is stored (GGUF weights come as float32).
@@ -35,6 +35,7 @@ class UpcycleConfig:
     top_k: int = 2
     method: Method = "copy"
     gate_norm: float | Literal["auto"] | None = "auto"
+    gate_norm_learned: bool = False
     seed: int = 0
     layer_frequency: int = 1
     granularity: int | None = None
@@ -105,6 +106,12 @@ class UpcycleConfig:
         g = self.shards
         return float(g) if self.renormalize else self.copies * g * g / self.top_k
 
+    @property
+    def gate_scale(self) -> float | None:
+        """lambda of the result's gate normalisation, "auto" resolved."""
+        default = 1.0 if self.num_experts >= 3 and self.renormalize else None
+        return default if self.gate_norm == "auto" else self.gate_norm
+
     def preserves_function(self, donors: int = 1) -> bool:
         """Whether the result computes what the dense model computes, up to rounding."""
         exact_scale = self.scaling == "down" or self.output_scale == 1
@@ -120,13 +127,12 @@ class UpcycleConfig:
             raise UserError(
                 f"upcycle layer_frequency = {self.layer_frequency}: the model has {dense.num_layers} layers"
             )
-        default = 1.0 if self.num_experts >= 3 and self.renormalize else None
-        gate_norm = default if self.gate_norm == "auto" else self.gate_norm
         moe = MoEConfig(
             num_experts=self.num_experts,
             top_k=self.top_k,
             expert_size=dense.ffn_size // self.shards,
-            gate_norm=gate_norm,
+            gate_norm=self.gate_scale,
+            gate_norm_learned=self.gate_norm_learned,
             renormalize=self.renormalize,
             layer_frequency=self.layer_frequency,
         )

@@ -26,7 +26,7 @@ from moeforge.upcycle.methods import FFN, make_expert, make_router
 from moeforge.upcycle.sources import check_donors, check_remains, job
 
 _STORED = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_ROUTED = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.(?:gate|experts\.(\d+)\.(w[123]))\.weight")
+_ROUTED = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.(?:gate|experts\.(\d+)\.(w[123]))\.(?:weight|scale)")
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,8 @@ class _Maker:
             self._layer = (-1, [])  # let go of the last layer before the next is read
             self._layer = (layer, [self._dense(donor, layer) for donor in self._donors])
         ffns = self._layer[1]
+        if name.endswith(".scale"):
+            return torch.tensor(self._config.gate_scale, dtype=ffns[0].w1.dtype)
         if match[2] is None:
             return make_router(ffns[0].w1.shape[1], self._config, layer, ffns[0].w1.dtype)
         index = (layer, int(match[2]))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moeforge.errors import UserError
+from moeforge.files import write_whole
 from moeforge.partition import Range, partition
 
 FFN_BLOCK = 16
@@ -181,14 +181,7 @@ class Layout:
 
     def write(self, path: Path) -> None:
         """Writes `to_json` to `path`, whole or not at all."""
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(self.to_json() + "\n", encoding="utf-8")
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"{path}: cannot write the layout ({error.strerror})") from error
+        write_whole(path, self.to_json() + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Layout:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import resource
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,7 +141,26 @@ def test_a_disk_without_any_room(
 ) -> None:
     disk = small_disk(PAGE)
     (disk / "filler").write_bytes(b"x" * PAGE)
-    assert "no space left on device" in fails(["train", str(train_file(model("moe"), run={"dir": str(disk / "run")}))])
+    line = fails(["train", str(train_file(model("moe"), run={"dir": str(disk / "run")}))])
+    assert "config.toml: cannot be written (no space left on device)" in line
+    assert names(disk / "run") == []
+
+
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_metrics(tmp_path: Path, tensorboard: bool, model: Model, train_file: Callable[..., Path]) -> None:
+    run = {"dir": str(tmp_path / "run"), "tensorboard": tensorboard}
+    file = train_file(model("moe"), run=run, train={"steps": 60}, checkpoint={"every": 0})
+    command = [sys.executable, "-m", "moeforge", "train", str(file), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=lambda: files_limit(12_000))
+    assert (done.returncode, done.stdout) == (1, "")
+    last = done.stderr.splitlines()[-1]
+    assert "cannot be written (file too large)" in last and "goes on from the last checkpoint" in last
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert str(tmp_path / "run") in last
+
+
+def files_limit(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 @pytest.mark.parametrize("way", ["limit", "disk"])

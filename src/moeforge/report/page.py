@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moeforge.errors import RunError, UserError
+from moeforge.errors import UserError
+from moeforge.files import write_whole
 from moeforge.report import panels
 from moeforge.report.canvas import require_matplotlib
 from moeforge.report.panels import Panel
@@ -66,9 +66,9 @@ def write_report(paths: list[Path], out: Path | None = None) -> dict[str, Any]:
         raise UserError(f"--out {out}: is a directory; name the HTML file to write")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: the directory {out.parent} does not exist")
-    html = render_page(runs).encode()
-    _write(out, html)
-    return {"report": str(out), "bytes": len(html), "runs": [summarize(run) for run in runs]}
+    html = render_page(runs)
+    write_whole(out, html)
+    return {"report": str(out), "bytes": len(html.encode()), "runs": [summarize(run) for run in runs]}
 
 
 def render_page(runs: list[Run]) -> str:
@@ -152,16 +152,3 @@ def _thinned(runs: list[Run]) -> str:
         return ""
     limits = ", ".join(parts)
     return f"Long series are thinned to {limits}: the lowest and highest of each stretch, so spikes stay."
-
-
-def _write(out: Path, content: bytes) -> None:
-    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_bytes(content)
-        draft.replace(out)
-    except PermissionError as error:
-        raise UserError(f"--out {out}: not writable ({error.strerror})") from error
-    except OSError as error:
-        raise RunError(f"--out {out}: cannot be written ({error.strerror}); what was there is kept") from error
-    finally:
-        draft.unlink(missing_ok=True)

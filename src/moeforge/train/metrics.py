@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from moeforge.errors import RunError, no_room
+from moeforge.files import write_whole
 from moeforge.model import RouterRecord
 
 Row = dict[str, Any]
@@ -52,9 +54,7 @@ class MetricsLog:
     def __init__(self, run_dir: Path, step: int, tensorboard: bool) -> None:
         self.path = run_dir / "metrics.jsonl"
         kept = [row for row in read_rows(self.path) if row["step"] <= step] if step else []
-        draft = self.path.with_suffix(".tmp")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(draft, self.path)
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self.path.open("a", buffering=1)
         self._board = None
         if tensorboard:
@@ -63,7 +63,18 @@ class MetricsLog:
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, row: Row) -> None:
-        """Append one row; it is in the file when this returns."""
+        """Append one row; it is in the file when this returns. Raises RunError where it cannot be."""
+        try:
+            self._append(row)
+        except OSError as error:
+            with suppress(OSError):
+                self._file.close()  # or the interpreter tries again, and complains, when it ends
+            raise RunError(
+                f"{self.path}: cannot be written ({no_room(error) or error.strerror}) at step {row['step']}; started "
+                "again, the run goes on from the last checkpoint"
+            ) from error
+
+    def _append(self, row: Row) -> None:
         self._file.write(json.dumps(row) + "\n")
         if self._board is None:
             return

@@ -13,6 +13,7 @@ from moeforge.config.schema import TrainConfig
 from moeforge.config.toml import dump_config
 from moeforge.data import PackedDataset, TokenCache, build_cache
 from moeforge.errors import UserError
+from moeforge.files import write_whole
 from moeforge.layout import Layout
 from moeforge.train.optimizer import MODEL_DTYPE
 from moeforge.train.state import TrainerState, checkpoints, load_trainer_state
@@ -59,8 +60,8 @@ def find_resume(config: TrainConfig, resume: str) -> tuple[Path, TrainerState] |
         changes_training = not key.startswith(_FREE) or key == "run.seed"
         if changes_training and mine.get(key) != theirs.get(key):
             raise UserError(
-                f"{key} = {mine.get(key)}: the checkpoint {found[0]} was trained with {theirs.get(key)}; set it back, or "
-                "start a new run in another run.dir"
+                f"{key} = {mine.get(key)}: the checkpoint {found[0]} was trained with {theirs.get(key)}; "
+                "set it back, or start a new run in another run.dir"
             )
     return found[0], state
 
@@ -99,8 +100,8 @@ def prepare(
     if resumed is None:
         # Without a checkpoint nothing of an earlier, killed attempt can be gone on from.
         shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
-    (run_dir / "config.toml").write_text(dump_config(config))
-    (run_dir / "model.json").write_text(json.dumps(source.config.to_dict(), indent=2) + "\n")
+    write_whole(run_dir / "config.toml", dump_config(config))
+    write_whole(run_dir / "model.json", json.dumps(source.config.to_dict(), indent=2) + "\n")
     layout.write(run_dir / "layout.json")
     return Trainer(config, run_dir, model, source, train_data, held_out, resumed)
 

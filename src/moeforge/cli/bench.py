@@ -25,7 +25,10 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
     json: Json = False,
 ) -> None:
-    """Full optimiser steps a second of an upcycled model, 4 x 256 tokens a step."""
+    """Training steps a second of an upcycled model.
+
+    Full optimiser steps of 4 x 256 tokens, ours and the peer's in alternating runs.
+    """
     import torch
 
     from moeforge.bench.train import RATIOS, TrainBench

@@ -19,7 +19,9 @@ _SEED, _HOLDOUT_FRACTION = 0, 0.01
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A model directory, a GGUF file, a hub id or a preset.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model directory, a GGUF file, a hub id or a preset.")
+    ],
     text: Annotated[
         Path | None,
         typer.Option(help="A UTF-8 text file; default: held-out topics of Python's documentation."),
@@ -28,11 +30,13 @@ def command(
         int | None, typer.Option(help="Tokens a window; default: 1024, or the model's positions if fewer.")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens to predict; default: all.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (as stored), bf16 or fp32.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Compute in auto (as stored; bf16 for GGUF), bf16, fp32 or fp64.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
     json: Json = False,
 ) -> None:
-    """Mean loss (nats a token) and perplexity of a model; a window overlaps half of the one before."""
+    """Mean loss (nats a token) and perplexity of a model on a text, read in half-overlapping windows."""
     from moeforge.checkpoint import open_checkpoint
     from moeforge.evaluate import evaluate_text, evaluate_tokens
     from moeforge.serve.loading import load

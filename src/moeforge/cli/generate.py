@@ -14,19 +14,33 @@ if TYPE_CHECKING:
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A model directory, a GGUF file, a hub id or a preset.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model directory, a GGUF file, a hub id or a preset.")
+    ],
     prompt: Annotated[str, typer.Option(help="The text to continue; - reads standard input.")],
     chat: Annotated[bool, typer.Option("--chat", help="Answer the prompt, through the chat template.")] = False,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens that sum to P.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Only the K likeliest tokens; 0 is all.")] = 0,
-    min_p: Annotated[float, typer.Option(help="Only tokens P times as likely as the likeliest.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(help="0 always takes the likeliest token; 1 samples the model's own distribution.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample among the likeliest tokens whose probabilities sum to this.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample among this many of the likeliest tokens; 0 is all.")] = 0,
+    min_p: Annotated[
+        float, typer.Option(help="Sample among tokens at least this share as likely as the likeliest.")
+    ] = 0.0,
     seed: Annotated[int | None, typer.Option(help="The same seed samples the same text.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text to stop at; may be repeated.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (as stored), bf16 or fp32.")] = "auto",
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be repeated.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Compute in auto (as stored; bf16 for GGUF), bf16, fp32 or fp64.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
-    max_model_len: Annotated[int | None, typer.Option(help="Most positions; default: the model's.")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Most tokens of prompt and answer together; default: the model's positions.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Continue a prompt; greedy unless --temperature is given."""

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A model directory, a GGUF file, a hub id or a preset.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model directory, a GGUF file, a hub id or a preset.")
+    ],
     json: Json = False,
 ) -> None:
     """Show a model's configuration, its parameters total and active, and its units one by one."""

@@ -23,12 +23,12 @@ def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The training file.")],
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as optimizer.lr=3e-4."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as optimizer.lr=3e-4; may be repeated."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the layout here, for `moeforge train --plan`.")] = None,
     json: Json = False,
 ) -> None:
-    """Plan a training run: units, recomputation and bytes, for one process."""
+    """Memory of a training run, unit by unit (one process)."""
     from moeforge.config.toml import load_config
     from moeforge.layout import Layout
     from moeforge.plan.memory import bytes_per_parameter, unit_memory

@@ -11,7 +11,7 @@ from moeforge.cli.output import Json, emit
 
 
 def command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories (they hold metrics.jsonl).")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories (they hold metrics.jsonl).")],
     out: Annotated[
         Path | None,
         typer.Option(help="HTML file to write; default: report.html in the run, or here if there are several."),

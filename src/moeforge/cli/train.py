@@ -13,9 +13,12 @@ from moeforge.errors import UserError
 
 
 def command(
-    config: Annotated[Path | None, typer.Argument(help="The TOML file; see --init.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG.toml", help="The training file; --init writes one to begin with.")
+    ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as optimizer.lr=3e-4.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as optimizer.lr=3e-4; may be repeated."),
     ] = None,
     resume: Annotated[
         str, typer.Option(help="auto: go on from the run's newest checkpoint; never; or a checkpoint directory.")

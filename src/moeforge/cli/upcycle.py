@@ -26,10 +26,16 @@ def command(
         str,
         typer.Argument(metavar="SRC", help="Dense model: directory, .gguf file, hub id or preset."),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Model directory to write; must not exist.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Model directory to write; must not exist or be empty.")],
     experts: Annotated[int, typer.Option(help="Experts in a layer of the result.")] = 8,
     top_k: Annotated[int, typer.Option(help="Experts that a token uses.")] = 2,
-    method: Annotated[Method, typer.Option(help="How experts are made (docs/upcycling.md).")] = "copy",
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="Experts are copies; copies with noise; copies partly re-initialised (drop); or slices of a copy "
+            "(virtual-group). See docs/upcycling.md."
+        ),
+    ] = "copy",
     gate_norm: Annotated[
         str,
         typer.Option(help="Lambda of the gating-logit normalisation, or off; auto is 1.0 from 3 experts on."),
@@ -38,7 +44,9 @@ def command(
         bool, typer.Option("--learn-gate-norm", help="Make lambda a parameter of every layer, begun at --gate-norm.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of routers, noise and re-initialisation.")] = 0,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare logits with the dense model.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare logits with those of the dense model afterwards.")
+    ] = False,
     text: Annotated[Path | None, typer.Option(help="Text file to verify on, instead of a built-in one.")] = None,
     granularity: Annotated[
         int | None, typer.Option(help="virtual-group: experts cut from one copy; default: top-k.")
@@ -51,16 +59,22 @@ def command(
         bool, typer.Option(help="Weights of the chosen experts sum to 1 (needed to preserve the function).")
     ] = True,
     layer_frequency: Annotated[int, typer.Option(help="Experts in every n-th layer.")] = 1,
-    noise_std: Annotated[float, typer.Option(help="noise: its size, as a share of each matrix's.")] = 0.01,
+    noise_std: Annotated[
+        float, typer.Option(help="noise: its standard deviation, as a share of each matrix's.")
+    ] = 0.01,
     noise_fraction: Annotated[float, typer.Option(help="noise: share of the units that get it.")] = 1.0,
     drop_ratio: Annotated[float, typer.Option(help="drop: share of the units drawn anew.")] = 0.5,
     donor: Annotated[
-        list[str] | None, typer.Option(help="A further dense model of SRC's shape; experts in equal blocks.")
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL",
+            help="A further dense model of SRC's shape, which gives an equal block of experts; may be repeated.",
+        ),
     ] = None,
     shared: Annotated[
         Shared, typer.Option(help="Several donors: where all weights but the experts' come from.")
     ] = "average",
-    dtype: Annotated[StoredType, typer.Option(help="Stored type; GGUF weights are kept as fp32.")] = "keep",
+    dtype: Annotated[StoredType, typer.Option(help="Type to store; keep turns GGUF weights into fp32.")] = "keep",
     json: Json = False,
 ) -> None:
     """Turn a dense checkpoint into a mixture of experts, layer by layer. Goes on where it was interrupted."""

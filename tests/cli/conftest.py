@@ -148,7 +148,7 @@ def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., 
         out, err = capfd.readouterr()
         assert out == ""
         assert err.startswith("moeforge: error: ") and err.count("\n") == 1, err
-        assert "unexpected" not in err, err
+        assert "(unexpected; " not in err, err
         assert found == code, err
         assert snapshot(tmp_path) == before
         return err.removeprefix("moeforge: error: ").strip()

@@ -51,7 +51,10 @@ class GGUFSource:
                 f"architectures are {', '.join(_FAMILIES)}"
             )
         self.config: ModelConfig = model_config_from_hf(self._hf_config())
-        self._tensors = self._canonical_tensors()
+        try:
+            self._tensors = self._canonical_tensors()
+        except IndexError:
+            raise incomplete(path, "holds a tensor whose name or shape is not of a Llama-family GGUF") from None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -89,7 +92,10 @@ class GGUFSource:
 
     def _metadata(self, key: str, default: Any = None) -> Any:
         field = self._reader.get_field(key)
-        return default if field is None else field.contents()
+        try:
+            return default if field is None else field.contents()
+        except UnicodeDecodeError:
+            raise incomplete(self.path, f"{key} is not UTF-8") from None
 
     def _hf_config(self) -> dict[str, Any]:
         """The same facts under Hugging Face's keys."""
@@ -101,14 +107,11 @@ class GGUFSource:
         embedding = self._stored.get("token_embd.weight")
         if embedding is None:
             raise incomplete(self.path, "has no token_embd.weight")
-        heads, hidden, width = (
-            get("attention.head_count"),
-            get("embedding_length"),
-            get("feed_forward_length"),
-        )
-        for key, value in (("attention.head_count", heads), ("feed_forward_length", width)):
-            if not isinstance(value, int):
-                raise UserError(f"{self.path}: {key} = {value}: must be one number for all layers")
+        keys = ("attention.head_count", "embedding_length", "feed_forward_length")
+        heads, hidden, width = map(get, keys)
+        for key, value in zip(keys, (heads, hidden, width), strict=True):
+            if not (isinstance(value, int) and value > 0):
+                raise UserError(f"{self.path}: {key} = {value}: must be one positive number for all layers")
         head_dim = get("attention.key_length", hidden // heads)
         experts = get("expert_count", 0)
         family = _FAMILIES[self._architecture]
@@ -124,7 +127,7 @@ class GGUFSource:
             "head_dim": head_dim,
             "rms_norm_eps": get("attention.layer_norm_rms_epsilon", 1e-5),
             "max_position_embeddings": get("context_length"),
-            "partial_rotary_factor": get("rope.dimension_count", head_dim) / head_dim,
+            "partial_rotary_factor": get("rope.dimension_count", head_dim) / max(head_dim, 1),
             "rope_theta": get("rope.freq_base", 10000.0),
             "rope_scaling": self._rope_scaling(get, head_dim),
             "attention_bias": family == "llama" and "blk.0.attn_q.bias" in self._stored,

@@ -34,6 +34,12 @@ class Checkpoint:
         self.names = tuple(canonical_shapes(config))
 
     def _check(self) -> None:
+        layers, experts = self.config.num_layers, self.config.moe.num_experts if self.config.moe else 0
+        if max(layers, experts) > len(self._on_disk):  # before so many names are made
+            raise UserError(
+                f"{self.path}: config.json asks for {layers} layers and {experts} experts, but the files hold only "
+                f"{len(self._on_disk)} tensors; half-downloaded, or config.json belongs to other weights"
+            )
         expected = canonical_shapes(self.config)
         for what, names in (
             ("missing", [name for name in expected if name not in self._on_disk]),

@@ -18,15 +18,15 @@ _POSITIVE = ("rms_norm_eps", "rope_theta")
 def check_values(hf: HFConfig) -> None:
     """Raise UserError for a value of the wrong kind. null is left to who reads the key."""
 
-    def require(key: str, right: bool, allowed: str) -> None:
-        if hf.get(key) is not None and not right:
+    def require(key: str, right: bool, allowed: str, null: bool = True) -> None:
+        if not right and not (null and hf.get(key) is None):
             raise UserError(f"config.json: {key} = {hf[key]}: must be {allowed}")
 
     for key in _WHOLE:
         require(key, _is_whole(hf.get(key)), "a whole number of at least 0")
     for key in _POSITIVE:
         value = hf.get(key)
-        require(key, isinstance(value, int | float) and value > 0, "a positive number")
+        require(key, isinstance(value, int | float) and value > 0, "a positive number", null=key == "rope_theta")
     for key, allowed in (("eos_token_id", "a token id or a list of them"), ("num_experts", "a whole number")):
         value = hf.get(key)
         require(key, all(map(_is_whole, value if isinstance(value, list) else [value])), allowed)

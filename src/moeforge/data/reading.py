@@ -127,10 +127,13 @@ def _parquet_pieces(path: Path, source: Source) -> Iterator[Piece]:
 
 def _open_hub(source: Source) -> Any:
     import datasets
+    from huggingface_hub import HfApi, constants
 
     name, _, revision = source.path.partition("@")
     name, _, config = name.partition(":")
     try:
+        if not constants.HF_HUB_OFFLINE:  # ask once: datasets would retry for half a minute, aloud
+            HfApi().dataset_info(name, revision=revision or None, timeout=10)
         return datasets.load_dataset(
             name, config or None, split=source.split, revision=revision or None, streaming=True
         )

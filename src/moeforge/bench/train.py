@@ -37,7 +37,7 @@ class TrainBench:
     sequences: int = 4
     positions: int = 256
     runs: int = 5
-    steps: int = 2
+    steps: int = 3
     note: Note = field(default=print)
 
     def run(self, ratios: list[str]) -> dict[str, Any]:
@@ -98,6 +98,7 @@ class TrainBench:
                 "tokens_per_second": rate,
                 "share_of_matmul_ceiling": used / ceiling["fp32" if mine == "fp32" else "bf16"],
                 "first_loss": {side: runs[0]["losses"][0] for side, runs in sides.items()},
+                "peak_rss_bytes": {side: max(run["peak_rss_bytes"] for run in runs) for side, runs in sides.items()},
                 "profile": sides["moeforge"][0]["profile"],
             },
         }
@@ -108,7 +109,7 @@ class TrainBench:
         job = {
             "side": side, "precision": precision, "experts": experts, "model": str(self.model), "profile": profile,
             "tokens": str(self.tokens), "sequences": self.sequences, "positions": self.positions, "lr": 1e-5,
-            "warmup": 1, "steps": steps or self.steps,
+            "warmup": 2, "steps": steps or self.steps,
         }  # fmt: skip
         command = [sys.executable, "-m", "moeforge.bench.train_worker", json.dumps(job)]
         done = subprocess.run(command, capture_output=True, text=True)

@@ -7,6 +7,7 @@ pools and caches of the two sides apart.
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -31,8 +32,10 @@ def ours(model_path: str, precision: str, lr: float) -> StepFunction:
     from moeforge.checkpoint import load_model
     from moeforge.model import DenseAttention, ForwardContext, RouterRecord, RoutingGroups
     from moeforge.train.balance import AdaptiveCoefficients, drop_rate
+    from moeforge.train.heap import keep_freed_memory
     from moeforge.train.optimizer import MODEL_DTYPE, Optimizer
 
+    keep_freed_memory()
     model = load_model(model_path, MODEL_DTYPE[precision])
     config = model.config
     assert config.moe is not None
@@ -98,7 +101,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()
         losses.append(step(tokens_BS))
         seconds.append(time.perf_counter() - start)
-    result: dict[str, Any] = {"losses": losses, "step_seconds": seconds[job["warmup"] :]}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result: dict[str, Any] = {"losses": losses, "step_seconds": seconds[job["warmup"] :], "peak_rss_bytes": peak}
     if job.get("profile"):
         result["profile"] = profile(step, data[-1])
     return result

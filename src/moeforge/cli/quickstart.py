@@ -35,7 +35,7 @@ def command(
     top_k: Annotated[int, typer.Option(help="Experts a token uses.")] = 2,
     steps: Annotated[
         int, typer.Option(help="Optimiser steps of 4 x 256 tokens, for the mixture and the control.")
-    ] = 40,
+    ] = 30,
     json: Json = False,
 ) -> None:
     """Upcycle a dense model, train it beside a dense control, generate, and write the report."""
@@ -138,7 +138,7 @@ def _config(run_dir: Path, model: str, corpus: Path, steps: int) -> TrainConfig:
             "train": {"steps": steps, "batch_sequences": 4, "micro_batch_sequences": 4},
             "optimizer": {"lr": 1e-4},
             "schedule": {"warmup_steps": min(5, steps - 1)},
-            "eval": {"every": max(steps // 4, 1), "sequences": 32},
+            "eval": {"every": max(steps // 2, 1), "sequences": 32},
             "checkpoint": {"every": 0},
         },
         strict=False,
@@ -198,15 +198,15 @@ def _human(result: dict[str, Any]) -> Any:
     from rich.console import Group
     from rich.table import Table
 
-    table = Table("", "held-out loss before", "after", "tokens", "tokens/s", "drop rate", "α", box=None)
-    for title, key in (("mixture of experts", "moe"), ("dense control", "dense_control")):
+    table = Table("", "held-out loss", "tokens", "tokens/s", "drop rate", "α", box=None)
+    for title, key in (("mixture", "moe"), ("dense control", "dense_control")):
         run = result[key]
-        balance = [
-            f"{run[name + '_first']:.4f} → {run[name + '_last']:.4f}" if name + "_last" in run else "-"
-            for name in ("drop_rate", "aux_coef")
-        ]
+        balance = ["-", "-"]
+        if "drop_rate_last" in run:
+            balance[0] = f"{run['drop_rate_first']:.3f} → {run['drop_rate_last']:.3f}"
+            balance[1] = f"{run['aux_coef_first']:.4f} → {run['aux_coef_last']:.4f}"
         table.add_row(
-            title, f"{run['eval_loss_before']:.4f}", f"{run['eval_loss']:.4f}", f"{run['tokens']:,}",
+            title, f"{run['eval_loss_before']:.3f} → {run['eval_loss']:.3f}", f"{run['tokens']:,}",
             f"{run['tokens_per_second']:,.0f}", *balance,
         )  # fmt: skip
     texts = [f"\n{result['prompt']}[bold]{_plain(result['text'])}[/bold]"]

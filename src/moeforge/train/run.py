@@ -15,6 +15,7 @@ from moeforge.data import PackedDataset, TokenCache, build_cache
 from moeforge.errors import UserError
 from moeforge.files import write_whole
 from moeforge.layout import Layout
+from moeforge.train.heap import keep_freed_memory
 from moeforge.train.optimizer import MODEL_DTYPE
 from moeforge.train.state import TrainerState, checkpoints, load_trainer_state
 from moeforge.train.trainer import Trainer
@@ -85,6 +86,8 @@ def prepare(
     `data` replaces the corpora of the configuration by open datasets. Raises UserError for bad input.
     """
     device = pick_device(config.model.device, "model.device")
+    if device.type == "cpu":
+        keep_freed_memory()
     resumed = find_resume(config, resume)
     source = open_checkpoint(config.model.path)
     _check_positions(config, source)

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import sys, ctypes, torch
+from moeforge.train.heap import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+before = resident()
+x = torch.ones(64 * 2**20 // 4)
+del x
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_freed_memory_stays_with_the_process() -> None:
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", PROGRAM, choice], capture_output=True, check=True, text=True).stdout)
+        for choice in ("keep", "no")
+    )
+    assert kept > 60 * 2**20 > 30 * 2**20 > given_back

@@ -58,6 +58,7 @@ def _models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "dense": write_model(root / "dense"),
         "sharded": write_model(root / "sharded", shard_bytes=20_000),
         "moe": write_model(root / "moe", moe=moe),
+        "long": write_model(root / "long", max_positions=256),
     }
 
 

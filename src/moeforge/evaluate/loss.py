@@ -42,13 +42,13 @@ def held_out_loss(model: Transformer, batches: Iterable[Batch], device: torch.de
     computes. `device` None is where the model is. Raises UserError where there is no target at all.
     """
     device = next(model.parameters()).device if device is None else device
-    # Sums stay on the device, so that it never waits for the host between batches.
+    # Sums stay on the device: nothing here makes the host wait for it between batches.
     loss = torch.zeros((), dtype=torch.float64, device=device)
     tokens = torch.zeros((), dtype=torch.int64, device=device)
     for batch in batches:
-        batch = batch.to(device)
         sequences, positions = batch.tokens.shape
-        context = ForwardContext(DenseAttention(sequences, positions, batch.documents))
+        context = ForwardContext(DenseAttention(sequences, positions, batch.documents))  # looks at values: on the host
+        batch = batch.to(device)
         hidden = model(batch.tokens.flatten(), batch.positions.flatten(), context)
         loss += model.loss(hidden, batch.targets.flatten(), context)
         tokens += (batch.targets >= 0).sum()

@@ -71,6 +71,10 @@ def test_numbers_are_finite_in_range_and_not_quoted(field, value):
             {"data": {"train": ({"path": "a", "format": "text", "messages_field": "m"},)}},
             'messages_field = "m": must be absent with format = "text"',
         ),
+        (
+            {"data": {"train": ({"path": "a"},), "eval": ({"path": "b"}, {"path": "c", "weight": 2.0})}},
+            "eval.1.weight = 2.0: must be 1: evaluation reads every sequence once",
+        ),
     ],
 )
 def test_checks_over_several_keys(sections, message):

@@ -35,7 +35,11 @@ class RunSection(Section):
 
     dir: Text = Field(default="runs/default", description="Run directory: config, metrics, checkpoints and result.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
-        default=0, description="Seed of data order, of new weights and of sampling."
+        default=0, description="Seed of the data order and of the choice of held-out documents."
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="Use torch's deterministic algorithms, which exact resume on a GPU needs; slower.",
     )
     similarity_every: CountOrZero = Field(
         default=20, description="Steps between two measurements of expert similarity (0 = never)."
@@ -69,7 +73,11 @@ class DataSource(Section):
     """One corpus of a mixture."""
 
     path: Text = Field(description="File, directory, glob pattern or hub data set id of the corpus.")
-    weight: Positive = Field(default=1.0, description="Share in the mixture, relative to the other weights.")
+    weight: Positive = Field(
+        default=1.0,
+        description="How often an epoch reads each sequence of this corpus: 1 = once, 2 = twice, 0.5 = every second "
+        "epoch; it multiplies the corpus's natural size and is no share of the mixture. Must be 1 in data.eval.",
+    )
     format: Literal["auto", "text", "jsonl", "parquet", "hub"] = Field(
         default="auto", description="How to read the corpus; auto goes by the file name."
     )
@@ -91,7 +99,7 @@ class DataSection(Section):
     """The corpora and how they become sequences."""
 
     train: Annotated[tuple[DataSource, ...], Field(min_length=1)] = Field(
-        description="Corpora to train on, mixed by weight."
+        description="Corpora to train on; an epoch reads all of them, each as often as its weight says."
     )
     eval: tuple[DataSource, ...] = Field(
         default=(), description="Corpora to evaluate on; empty = hold out some of data.train."
@@ -105,6 +113,13 @@ class DataSection(Section):
         description="Tokens a training sequence; documents are packed, and never see one another.",
     )
     cache_dir: Text = Field(default="cache", description="Directory of the packed token cache, shared between runs.")
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSection:
+        for index, source in enumerate(self.eval):
+            if source.weight != 1:
+                raise refuse(f"eval.{index}.weight", source.weight, "must be 1: evaluation reads every sequence once")
+        return self
 
 
 class RouterSection(Section):

@@ -38,14 +38,14 @@ def command(
 ) -> None:
     """Mean loss (nats a token) and perplexity of a model on a text, read in half-overlapping windows."""
     from moeforge.checkpoint import open_checkpoint
+    from moeforge.checkpoint.inference import load_for_inference
     from moeforge.evaluate import evaluate_text, evaluate_tokens
-    from moeforge.serve.loading import load
 
     words = None if text is None else read_text("--text", text)
     checkpoint = open_checkpoint(model)
     window = min(1024, checkpoint.config.max_positions) if sequence_length is None else sequence_length
     tokenizer = checkpoint.tokenizer()
-    loaded = load(checkpoint, dtype, device)
+    loaded = load_for_inference(checkpoint, dtype, device)
     if words is None:
         result = evaluate_tokens(loaded, _python_topics(tokenizer), window, max_tokens=max_tokens)
     else:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import jinja2
 
 from moeforge.checkpoint import open_checkpoint
+from moeforge.checkpoint.inference import load_for_inference
 from moeforge.errors import UserError
 from moeforge.serve.batch import StaticBatch
-from moeforge.serve.loading import load
 from moeforge.serve.outputs import RequestOutput
 from moeforge.serve.request import Request
 from moeforge.serve.sampling import SamplingParams
@@ -56,7 +56,7 @@ class LLM:
             self._tokenizer = checkpoint.tokenizer()
         except UserError as error:  # token ids can be continued without one
             self._no_tokenizer = error
-        self.model = load(checkpoint, dtype, device)
+        self.model = load_for_inference(checkpoint, dtype, device)
         self._ends = set(self.config.eos_token_ids)
         if self._tokenizer is not None and self._tokenizer.eos_token_id is not None:
             self._ends.add(self._tokenizer.eos_token_id)

@@ -1,11 +1,13 @@
-"""From the names a user gives (a model, a dtype, a device) to a model that is ready to run."""
+"""From the names a user gives (a dtype, a device) to a model that is ready to generate or to be evaluated."""
 
 from __future__ import annotations
 
 import torch
 
-from moeforge.checkpoint import Checkpoint, load_model, pick_device
+from moeforge.checkpoint.device import pick_device
+from moeforge.checkpoint.load import load_model
 from moeforge.checkpoint.names import EMBED
+from moeforge.checkpoint.opened import Checkpoint
 from moeforge.errors import UserError
 from moeforge.model import Transformer
 
@@ -33,7 +35,7 @@ def pick_dtype(dtype: str, checkpoint: Checkpoint) -> torch.dtype:
     return stored if stored in _DTYPES.values() and not quantised else torch.bfloat16
 
 
-def load(checkpoint: Checkpoint, dtype: str = "auto", device: str = "auto") -> Transformer:
+def load_for_inference(checkpoint: Checkpoint, dtype: str = "auto", device: str = "auto") -> Transformer:
     """The checkpoint's model, in evaluation mode. Raises UserError for what cannot be loaded."""
     chosen = pick_dtype(dtype, checkpoint)
     return load_model(checkpoint, chosen, pick_device(device)).eval().requires_grad_(False)

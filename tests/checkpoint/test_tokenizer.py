@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
 
 from moeforge.checkpoint import open_checkpoint
 from moeforge.errors import UserError
@@ -51,3 +52,23 @@ def test_a_missing_sentencepiece_is_named(saved: Path, monkeypatch: pytest.Monke
     _write_sentencepiece(saved, b"not a model")
     with pytest.raises(UserError, match="pip install sentencepiece"):
         open_checkpoint(saved).tokenizer()
+
+
+@pytest.mark.parametrize("tokenizer_json", [True, False])
+def test_a_tokenizer_of_remote_code_is_refused_without_asking(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_json: bool
+) -> None:
+    def asked(*_: object) -> str:
+        raise AssertionError("nobody is there to answer")
+
+    monkeypatch.setattr("builtins.input", asked)
+    monkeypatch.chdir(saved)
+    settings = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    (saved / "tokenizer_config.json").write_text(json.dumps(settings))
+    (saved / "own.py").write_text("open('executed', 'w')\nclass OwnTokenizer: pass\n")
+    if tokenizer_json:
+        Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>")).save(str(saved / "tokenizer.json"))
+    with pytest.raises(UserError, match="needs code that lies beside it, which is never run") as caught:
+        open_checkpoint(saved).tokenizer()
+    assert "\n" not in str(caught.value)
+    assert not (saved / "executed").exists()

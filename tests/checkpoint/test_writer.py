@@ -87,10 +87,13 @@ def test_a_journal_line_cut_short_costs_one_shard(tmp_path: Path) -> None:
     _fill(killed, 30)
     journal = killed.partial / "journal.jsonl"
     journal.write_bytes(journal.read_bytes()[:-9])
-    writer = ShardWriter(tmp_path / "out", CONFIG, shard_bytes=50_000)
-    assert 0 < len(writer.done) < len(killed.done)
-    _fill(writer)
-    writer.finish()
+    again = ShardWriter(tmp_path / "out", CONFIG, shard_bytes=50_000)
+    assert 0 < len(again.done) < len(killed.done)
+    _fill(again, 40)  # and is killed, too
+    third = ShardWriter(tmp_path / "out", CONFIG, shard_bytes=50_000)
+    assert third.done == again.done > killed.done
+    _fill(third)
+    third.finish()
     _assert_complete(tmp_path / "out")
 
 

@@ -249,7 +249,9 @@ def test_file_that_is_no_model(verb: str, tmp_path: Path, command: Command, refu
     assert f"{file}: neither a directory nor a .gguf file" in refused(command(verb, file))
 
 
-def write_gguf(path: Path, architecture: str = "llama", kind: gguf.GGMLQuantizationType | None = None) -> Path:
+def write_gguf(
+    path: Path, architecture: str = "llama", kind: gguf.GGMLQuantizationType | None = None, tokens: int = 64
+) -> Path:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(1)
     writer.add_context_length(64)
@@ -259,7 +261,7 @@ def write_gguf(path: Path, architecture: str = "llama", kind: gguf.GGMLQuantizat
     writer.add_head_count_kv(4)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<unk>", "<eos>", "w", "1", "w1", *(f"<{i}>" for i in range(59))])
+    writer.add_token_list(["<unk>", "<eos>", "w", "1", "w1", *(f"<{i}>" for i in range(tokens - 5))])
     writer.add_token_merges(["w 1"])
     writer.add_eos_token_id(1)
     parts = {"attn_q": 256, "attn_k": 256, "attn_v": 256, "attn_output": 256, "ffn_gate": 256, "ffn_up": 256}
@@ -313,7 +315,15 @@ def test_tokenizer_larger_than_the_embedding(
     path = model()
     save_tokenizer(path, words=70)
     line = refused(command(verb, path))
-    assert "the tokenizer has 72 tokens but the embedding only 64 rows (vocab_size)" in line
+    assert "the tokenizer gives ids up to 71 but the embedding has only 64 rows (vocab_size)" in line
+
+
+@pytest.mark.parametrize("verb", VERBS[:-1])
+def test_gguf_tokenizer_larger_than_the_embedding(
+    verb: str, tmp_path: Path, command: Command, refused: Refused
+) -> None:
+    path = write_gguf(tmp_path / "model.gguf", tokens=70)
+    assert f"{path}: the tokenizer gives ids up to 69 but the embedding has only 64 rows" in refused(command(verb, path))
 
 
 @pytest.mark.parametrize("verb", ["train", "eval", "generate"])

@@ -1,5 +1,8 @@
+import json
+
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from moeforge.data.encode import Encoder
@@ -50,6 +53,14 @@ def test_width_of_ids(tokenizer, make_tokenizer) -> None:
     large = make_tokenizer()
     large.add_tokens([f"<{i}>" for i in range(65536)])
     assert Encoder(large, chat=False).dtype == np.uint32
+
+
+def test_width_of_ids_with_a_gap(make_tokenizer) -> None:
+    few = make_tokenizer()
+    content = json.loads(few.backend_tokenizer.to_str())
+    content["model"]["vocab"]["late"] = 70_000
+    few._tokenizer = Tokenizer.from_str(json.dumps(content))
+    assert len(few) < 65536 and Encoder(few, chat=False).dtype == np.uint32
 
 
 def test_fingerprint_follows_the_vocabulary_and_not_the_last_call(make_tokenizer) -> None:

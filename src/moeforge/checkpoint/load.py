@@ -12,7 +12,7 @@ from moeforge.checkpoint.names import fuse, unfuse
 from moeforge.checkpoint.open import open_checkpoint
 from moeforge.checkpoint.opened import Checkpoint
 from moeforge.checkpoint.source import check_finite
-from moeforge.checkpoint.writer import ShardWriter, require_disk_space, require_free_directory
+from moeforge.checkpoint.writer import ShardWriter, partial_directory, require_disk_space, require_free_directory
 from moeforge.layout import Layout
 from moeforge.model import Transformer
 
@@ -61,8 +61,8 @@ def save_model(
     state = model.state_dict()
     width = (dtype or next(iter(state.values())).dtype).itemsize
     require_disk_space(directory, width * model.config.parameters())
-    partial = directory.parent / f".{directory.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # weights of an earlier moment must not be taken for these
+    # Weights of an earlier moment must not be taken for these.
+    shutil.rmtree(partial_directory(directory), ignore_errors=True)
     writer = ShardWriter(directory, model.config, job="save_model")
     with torch.no_grad():
         for name, weight in unfuse(model.config, state.__getitem__):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from moeforge.checkpoint.families import canonical_name
 from moeforge.checkpoint.names import canonical_shapes
 from moeforge.checkpoint.source import Shape, WeightSource
-from moeforge.checkpoint.tokenizer import copy_tokenizer, load_tokenizer, tokenizer_files
+from moeforge.checkpoint.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files
 from moeforge.config.model import ModelConfig
 from moeforge.errors import UserError
 
@@ -78,21 +79,31 @@ class Checkpoint:
     def tokenizer(self) -> Any:
         """The tokenizer, as transformers loads it.
 
-        Raises UserError if there is none, or if it has more tokens than the embedding has rows.
+        Raises UserError if there is none, or if it gives ids for which the embedding has no row.
         """
         tokenizer = load_tokenizer(self.path)
-        check_tokenizer(len(tokenizer), self)
+        check_tokenizer(tokenizer, self)
         return tokenizer
 
     def copy_tokenizer(self, directory: str | Path) -> None:
-        """Give a model directory this tokenizer: its files as they are, or those made from GGUF metadata."""
-        copy_tokenizer(self.path, Path(directory))
+        """Give a model directory this tokenizer: its files as they are, or those made from GGUF metadata.
+
+        Raises UserError as `tokenizer` does, where it has to be loaded for that (GGUF).
+        """
+        if self.path.is_file():
+            save_tokenizer(self.tokenizer(), Path(directory))
+        for file in self.tokenizer_files:
+            shutil.copyfile(file, Path(directory) / file.name)
 
 
-def check_tokenizer(tokens: int, checkpoint: Checkpoint) -> None:
-    """Raise UserError if a tokenizer of so many tokens asks for rows that the embedding does not have."""
-    if tokens > checkpoint.config.vocab_size:
+def check_tokenizer(tokenizer: Any, checkpoint: Checkpoint) -> None:
+    """Raise UserError if a tokenizer gives ids for which the embedding has no row.
+
+    The highest id decides: added tokens may leave gaps, so that there are fewer tokens than ids.
+    """
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= checkpoint.config.vocab_size:
         raise UserError(
-            f"{checkpoint.path}: the tokenizer has {tokens} tokens but the embedding only "
+            f"{checkpoint.path}: the tokenizer gives ids up to {highest} but the embedding has only "
             f"{checkpoint.config.vocab_size} rows (vocab_size); use the tokenizer of these weights"
         )

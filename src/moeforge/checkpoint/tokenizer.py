@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,12 +26,17 @@ def tokenizer_files(path: Path) -> list[Path]:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a model directory or GGUF file. Raises UserError if none can be loaded."""
+    """The tokenizer of a model directory or GGUF file, without running code that lies there.
+
+    Raises UserError if none can be loaded.
+    """
     try:
         with _quiet():
             return _load(path)
     except Exception as error:  # transformers raises whatever its parsers raise
         reason = first_line(error)
+        if "trust_remote_code" in str(error):
+            reason = "it needs code that lies beside it, which is never run; a tokenizer.json would do without"
         if (path / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
             reason = "its tokenizer.model needs the package sentencepiece: pip install sentencepiece"
         raise UserError(f"{path}: no tokenizer can be loaded from it ({reason})") from error
@@ -42,11 +46,12 @@ def _load(path: Path) -> Any:
     from transformers import AutoTokenizer, LlamaTokenizer
 
     if path.is_file():
-        return _without_additions(AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name))
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        return _without_additions(tokenizer)
     if _class_name(path) == "SkyworkTokenizer":
         # Skywork's class is remote code around Llama's SentencePiece tokenizer (formats.md 1).
-        return LlamaTokenizer.from_pretrained(path)
-    return AutoTokenizer.from_pretrained(path)
+        return LlamaTokenizer.from_pretrained(path, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 @contextmanager
@@ -63,19 +68,13 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def copy_tokenizer(path: Path, directory: Path) -> None:
-    """Give `directory` the tokenizer of `path`: its files as they are, or those made from GGUF metadata."""
-    for file in tokenizer_files(path):
-        shutil.copyfile(file, directory / file.name)
-    if path.is_file():
-        load_tokenizer(path).save_pretrained(directory, save_jinja_files=False)
-        settings = directory / "tokenizer_config.json"
-        # transformers 4 knows the class by this name only, transformers 5 by both.
-        config = {
-            **json.loads(settings.read_text(encoding="utf-8")),
-            "tokenizer_class": "PreTrainedTokenizerFast",
-        }
-        settings.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Write a fast tokenizer's files, for transformers 4 and 5."""
+    tokenizer.save_pretrained(directory, save_jinja_files=False)
+    settings = directory / "tokenizer_config.json"
+    # transformers 4 knows the class by this name only, transformers 5 by both.
+    config = {**json.loads(settings.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
+    settings.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _class_name(path: Path) -> str | None:

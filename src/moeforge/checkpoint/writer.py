@@ -145,8 +145,11 @@ class ShardWriter:
             os.fsync(file.fileno())
 
     def _resume(self, identity: dict[str, str]) -> None:
-        entries = _read_journal(self.partial / _JOURNAL)
+        journal = self.partial / _JOURNAL
+        entries = _read_journal(journal)
         if entries and entries[0] == identity:
+            with self._disk_faults():  # what is appended must not join a line that a kill cut short
+                os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
             self._shards = entries[1:]
             self._done = {name for shard in self._shards for name in shard["names"]}
             self._dtype = self._shards[0]["dtype"] if self._shards else ""

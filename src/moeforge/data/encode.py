@@ -35,7 +35,8 @@ class Encoder:
         self.eos_id = int(tokenizer.eos_token_id)
         probe = tokenizer("a")["input_ids"]
         self.bos_id = tokenizer.bos_token_id if probe and probe[0] == tokenizer.bos_token_id else None
-        self.dtype = np.dtype(np.uint16 if len(tokenizer) < 65536 else np.uint32)
+        # The highest id decides: added tokens may leave gaps, so that there are fewer tokens than ids.
+        self.dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 65536 else np.uint32)
 
     def fingerprint(self) -> str:
         """Hash of all that decides the ids of plain text: vocabulary, normaliser, special tokens."""

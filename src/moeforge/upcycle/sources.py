@@ -20,7 +20,7 @@ def check_donors(donors: Sequence[Checkpoint], config: UpcycleConfig) -> None:
     if len(donors) > config.copies:
         raise UserError(f"upcycle source: {len(donors)} donors; at most {config.copies}, one for each copy of a layer")
     if len(donors) == 1 and first.path.is_file():
-        return  # a GGUF file's tokenizer is read, and checked, when it is copied
+        return  # a GGUF file's tokenizer is read, and checked, when it is copied: before any weight
     vocabulary = _vocabulary(first)
     for donor in donors[1:]:
         for field in dataclasses.fields(first.config):

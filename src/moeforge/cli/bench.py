@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as jsonlib
 import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,6 +10,8 @@ from typing import Annotated, Literal
 import typer
 
 from moeforge.cli.output import Json, emit, stderr_console
+from moeforge.errors import UserError
+from moeforge.files import write_whole
 
 
 def train(
@@ -17,7 +20,7 @@ def train(
     ] = "hf",
     model: Annotated[str | None, typer.Option(help="Dense model to upcycle; default: that of quickstart.")] = None,
     experts: Annotated[int, typer.Option(help="Experts of every layer, top-2.")] = 4,
-    runs: Annotated[int, typer.Option(help="Alternating runs of each side.")] = 5,
+    runs: Annotated[int, typer.Option(min=1, help="Alternating runs of each side.")] = 5,
     only: Annotated[
         list[str] | None,
         typer.Option(help="Ratios to measure: ratio_bf16_pure, ratio_bf16_master, ratio_fp32; default all."),
@@ -35,7 +38,6 @@ def train(
     from moeforge.checkpoint import open_checkpoint
     from moeforge.cli.quickstart import packaged_model
     from moeforge.data import python_corpus
-    from moeforge.errors import UserError
     from moeforge.upcycle import UpcycleConfig, upcycle
 
     ratios = only or list(RATIOS)
@@ -54,12 +56,9 @@ def train(
             made.path, tokens, made.config, runs=runs, note=lambda line: console.print(line, soft_wrap=True)
         )
         result = bench.run(ratios)
-    if out is not None:
-        import json as jsonlib
-
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(jsonlib.dumps(result, indent=2) + "\n")
     emit(result, json, "\n".join(f"{name}: {result[name]:.2f}" for name in ratios))
+    if out is not None:  # last: what took minutes to measure is shown even if it cannot be written
+        write_whole(out, jsonlib.dumps(result, indent=2) + "\n")
 
 
 commands = {"train": train}

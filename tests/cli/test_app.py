@@ -52,6 +52,7 @@ def test_help_lists_every_verb_with_its_line(capsys: pytest.CaptureFixture[str])
     shown = " ".join(capsys.readouterr().out.split())
     for name, text in app.VERBS.items():
         assert f"{name} {text}" in shown
+    assert "Exit codes: 0 done, 1 a fault while running, 2 bad input, 130 interrupted." in shown
 
 
 def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:

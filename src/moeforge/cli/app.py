@@ -73,7 +73,11 @@ def load_verb(verb: str) -> Any:
 root = typer.Typer(cls=LazyGroup, **SETTINGS)
 
 
-@root.callback(invoke_without_command=True)
+@root.callback(
+    invoke_without_command=True,
+    epilog="Exit codes: 0 done, 1 a fault while running, 2 bad input, 130 interrupted. Where SIGTERM or Ctrl-C stops "
+    "moeforge train, it saves the run first and exits with 0; in its --json, interrupted then names the signal.",
+)
 def _root(
     ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,

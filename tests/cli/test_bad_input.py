@@ -323,7 +323,9 @@ def test_gguf_tokenizer_larger_than_the_embedding(
     verb: str, tmp_path: Path, command: Command, refused: Refused
 ) -> None:
     path = write_gguf(tmp_path / "model.gguf", tokens=70)
-    assert f"{path}: the tokenizer gives ids up to 69 but the embedding has only 64 rows" in refused(command(verb, path))
+    assert f"{path}: the tokenizer gives ids up to 69 but the embedding has only 64 rows" in refused(
+        command(verb, path)
+    )
 
 
 @pytest.mark.parametrize("verb", ["train", "eval", "generate"])

@@ -73,7 +73,7 @@ def test_numbers_are_finite_in_range_and_not_quoted(field, value):
         ),
         (
             {"data": {"train": ({"path": "a"},), "eval": ({"path": "b"}, {"path": "c", "weight": 2.0})}},
-            "eval.1.weight = 2.0: must be 1: evaluation reads every sequence once",
+            "eval.1.weight = 2.0: must be 1: only data.train has weights",
         ),
     ],
 )

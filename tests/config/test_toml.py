@@ -143,9 +143,9 @@ def test_windows_files_are_read(tmp_path):
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12)
 POSITIVE = st.floats(1e-300, 1e300, allow_nan=False)
-SOURCE = st.fixed_dictionaries(
-    {"path": TEXT}, optional={"weight": POSITIVE, "text_field": TEXT, "messages_field": TEXT}
-)
+FIELDS = {"text_field": TEXT, "messages_field": TEXT}
+HELD_OUT = st.fixed_dictionaries({"path": TEXT}, optional=FIELDS)
+SOURCE = st.fixed_dictionaries({"path": TEXT}, optional={"weight": POSITIVE, **FIELDS})
 CONFIG = st.fixed_dictionaries(
     {
         "model": st.fixed_dictionaries(
@@ -154,7 +154,7 @@ CONFIG = st.fixed_dictionaries(
         ),
         "data": st.fixed_dictionaries(
             {"train": st.lists(SOURCE, min_size=1, max_size=3).map(tuple)},
-            optional={"eval": st.lists(SOURCE, max_size=2).map(tuple), "cache_dir": TEXT},
+            optional={"eval": st.lists(HELD_OUT, max_size=2).map(tuple), "cache_dir": TEXT},
         ),
         "optimizer": st.fixed_dictionaries(
             {}, optional={"lr": POSITIVE, "eps": POSITIVE, "betas": st.tuples(*[st.floats(0, 0.999)] * 2)}

@@ -30,41 +30,28 @@ def command(
 
 
 def describe(config: ModelConfig) -> dict[str, Any]:
-    """Configuration and parameter counts, whole and by unit in forward order; counted on the model itself."""
-    import torch
-
+    """Configuration and parameter counts, whole and by unit in forward order."""
     from moeforge.layout import unit_names
-    from moeforge.model import Transformer
+    from moeforge.plan.memory import unit_kind
 
-    share = config.moe.top_k / config.moe.num_experts if config.moe else 0
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
-    units: dict[str, dict[str, Any]] = {}
-    for unit in unit_names(config):
-        mine = {name: shape.numel() for name, shape in shapes.items() if name.startswith(unit + ".")}
-        experts = sum(count for name, count in mine.items() if ".experts." in name)
-        total = sum(mine.values())
-        units[unit] = {
-            "unit": unit,
-            "kind": _kind(unit, experts > 0),
-            "params": total,
-            "params_active": total - experts + round(experts * share),
-        }
     return {
         "family": config.family,
         "layers": config.num_layers,
         "moe_layers": list(config.moe_layers),
-        "params_total": sum(unit["params"] for unit in units.values()),
-        "params_active": sum(unit["params_active"] for unit in units.values()),
+        "params_total": config.parameters(),
+        "params_active": config.parameters(active=True),
         "fingerprint": config.fingerprint(),
         "config": asdict(config),
-        "units": list(units.values()),
+        "units": [
+            {
+                "unit": unit,
+                "kind": unit_kind(config, unit),
+                "params": config.unit_parameters(unit),
+                "params_active": config.unit_parameters(unit, active=True),
+            }
+            for unit in unit_names(config)
+        ],
     }
-
-
-def _kind(unit: str, has_experts: bool) -> str:
-    kind = unit.rsplit(".", 1)[-1]
-    return {"ffn": "experts" if has_experts else "dense ffn"}.get(kind, kind)
 
 
 def _human(config: ModelConfig, result: dict[str, Any]) -> Group:

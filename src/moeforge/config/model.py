@@ -10,9 +10,11 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moeforge.errors import UserError
+from moeforge.layout import unit_names
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 QKNorm = Literal["none", "head", "full"]
@@ -126,21 +128,29 @@ class ModelConfig:
 
     def parameters(self, active: bool = False) -> int:
         """Number of weights; with `active`, only the K experts that one token uses."""
+        return sum(self.unit_parameters(unit, active) for unit in unit_names(self))
+
+    def unit_parameters(self, name: str, active: bool = False) -> int:
+        """Weights of one unit ("embed", "layers.3.attention", "layers.3.ffn", "head"), `active` as in `parameters`.
+
+        A matrix that embedding and head share is counted with the embedding.
+        """
         d, hd = self.hidden_size, self.head_dim
-        qkv = (self.num_heads + 2 * self.num_kv_heads) * hd
-        attention = qkv * d + self.num_heads * hd * d + qkv * self.qkv_bias + d * self.output_bias
-        attention += {"none": 0, "head": 2 * hd, "full": (self.num_heads + self.num_kv_heads) * hd}[self.qk_norm]
-        total = self.vocab_size * d * (1 if self.tie_embeddings else 2) + d
-        for layer in range(self.num_layers):
-            total += attention + 2 * d
-            if self.moe is not None and self.is_moe_layer(layer):
-                moe = self.moe
-                experts = moe.top_k if active else moe.num_experts
-                total += moe.num_experts * (d + moe.router_bias) + moe.gate_norm_learned
-                total += experts * 3 * d * moe.expert_size
-            else:
-                total += 3 * d * self.ffn_size
-        return total
+        if name == "embed":
+            return self.vocab_size * d
+        if name == "head":
+            return d + (0 if self.tie_embeddings else self.vocab_size * d)
+        _, layer, part = name.split(".")
+        if part == "attention":
+            q, kv = self.num_heads * hd, self.num_kv_heads * hd
+            qkv = q + 2 * kv
+            norms = {"none": 0, "head": 2 * hd, "full": q + kv}[self.qk_norm]
+            return d + qkv * (d + self.qkv_bias) + d * (q + self.output_bias) + norms
+        if self.moe is None or not self.is_moe_layer(int(layer)):
+            return d + 3 * d * self.ffn_size
+        moe = self.moe
+        router = moe.num_experts * (d + moe.router_bias) + moe.gate_norm_learned
+        return d + router + (moe.top_k if active else moe.num_experts) * 3 * d * moe.expert_size
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping that `from_dict` reads back unchanged."""
@@ -172,28 +182,44 @@ class ModelConfig:
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
-_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "int": (int, "a whole number"),
-    "float": ((int, float), "a number"),
-    "bool": (bool, "true or false"),
-    "str": (str, "text"),
-    "tuple[int, ...]": ((list, tuple), "a list of whole numbers"),
+_KINDS: dict[Any, tuple[type | tuple[type, ...], str]] = {
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    bool: (bool, "true or false"),
+    str: (str, "text"),
 }
 
 
 def _check_fields(cls: type, data: Any, prefix: str) -> None:
-    """UserError unless `data` is a mapping from fields of `cls` to values of their (plain) types."""
+    """UserError unless `data` is a mapping from fields of `cls` to values of their types (nested ones aside)."""
     if not isinstance(data, dict):
         raise UserError(f"{prefix.rstrip('.') or 'model'} = {data!r}: must be a mapping")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := [key for key in data if key not in fields]:
         raise UserError(f"{prefix}{unknown[0]}: unknown key; known are {', '.join(fields)}")
+    hints = get_type_hints(cls)
     for name, known in fields.items():
-        kind, _, optional = str(known.type).partition(" | ")
         if name not in data:
             if known.default is known.default_factory is dataclasses.MISSING:
                 raise UserError(f"{prefix}{name}: missing")
-        elif kind in _KINDS and not (optional and data[name] is None):
-            types, allowed = _KINDS[kind]
-            if not isinstance(data[name], types) or (isinstance(data[name], bool) and kind != "bool"):
-                raise UserError(f"{prefix}{name} = {data[name]!r}: must be {allowed}")
+        elif allowed := _refused(data[name], hints[name]):
+            raise UserError(f"{prefix}{name} = {data[name]!r}: must be {allowed}")
+
+
+def _refused(value: Any, hint: Any) -> str | None:
+    """What a field of this type may hold, if `value` is nothing of the kind; None if it is."""
+    kind = hint
+    if get_origin(hint) is UnionType:
+        kind = get_args(hint)[0]
+        if value is None:
+            return None
+    if get_origin(kind) is Literal:
+        return None if value in get_args(kind) else f"one of {', '.join(get_args(kind))}"
+    if get_origin(kind) is tuple:
+        whole = isinstance(value, (list, tuple)) and not any(_refused(each, int) for each in value)
+        return None if whole else "a list of whole numbers"
+    if kind not in _KINDS:
+        return None
+    types, allowed = _KINDS[kind]
+    right = isinstance(value, types) and (kind is bool or not isinstance(value, bool))
+    return None if right else allowed

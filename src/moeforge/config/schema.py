@@ -118,7 +118,7 @@ class DataSection(Section):
     def _check(self) -> DataSection:
         for index, source in enumerate(self.eval):
             if source.weight != 1:
-                raise refuse(f"eval.{index}.weight", source.weight, "must be 1: evaluation reads every sequence once")
+                raise refuse(f"eval.{index}.weight", source.weight, "must be 1: only data.train has weights")
         return self
 
 

@@ -1,7 +1,4 @@
-"""Bytes that a unit's weights, gradients and optimizer state take while training.
-
-Legend: D hidden, F FFN, E experts, H heads, G KV groups, V vocabulary.
-"""
+"""Bytes that a unit's weights, gradients and optimizer state take while training."""
 
 from __future__ import annotations
 
@@ -66,42 +63,19 @@ def bytes_per_parameter(precision: str, optimizer: str = "adamw") -> BytesPerPar
 
 
 def unit_memory(config: ModelConfig, precision: str, optimizer: str = "adamw") -> tuple[UnitMemory, ...]:
-    """Every unit in forward order; the parameters sum to `config.parameters()`.
-
-    A matrix that embedding and head share is counted with the embedding. Errors as in `bytes_per_parameter`.
-    """
+    """Every unit in forward order. Errors as in `bytes_per_parameter`."""
     each = bytes_per_parameter(precision, optimizer)
     found = []
     for unit in unit_names(config):
-        kind, params = _unit(config, unit)
+        params = config.unit_parameters(unit)
         sizes = (params * each.weights, params * each.gradients, params * each.optimizer)
-        found.append(UnitMemory(unit, kind, params, *sizes))
+        found.append(UnitMemory(unit, unit_kind(config, unit), params, *sizes))
     return tuple(found)
 
 
-def _unit(config: ModelConfig, unit: str) -> tuple[str, int]:
-    """A unit's kind (embed, attention, dense ffn, experts, head) and number of parameters."""
-    hidden = config.hidden_size
-    vocabulary = config.vocab_size * hidden
-    if unit == "embed":
-        return unit, vocabulary
-    if unit == "head":
-        return unit, hidden + (0 if config.tie_embeddings else vocabulary)
-    _, layer, part = unit.split(".")
-    if part == "attention":
-        return part, hidden + _attention(config)
-    if config.moe is None or not config.is_moe_layer(int(layer)):
-        return "dense ffn", hidden + 3 * hidden * config.ffn_size
-    moe = config.moe
-    router = moe.num_experts * (hidden + moe.router_bias) + moe.gate_norm_learned
-    return "experts", hidden + router + moe.num_experts * 3 * hidden * moe.expert_size
-
-
-def _attention(config: ModelConfig) -> int:
-    """[(H + 2 G) hd, D] in, [D, H hd] out, biases and q/k norms."""
-    hidden, hd = config.hidden_size, config.head_dim
-    heads, groups = config.num_heads, config.num_kv_heads
-    qkv = (heads + 2 * groups) * hd
-    norms = {"none": 0, "head": 2 * hd, "full": (heads + groups) * hd}[config.qk_norm]
-    matrices = qkv * hidden + heads * hd * hidden
-    return matrices + qkv * config.qkv_bias + hidden * config.output_bias + norms
+def unit_kind(config: ModelConfig, unit: str) -> str:
+    """embed, attention, dense ffn, experts or head."""
+    kind = unit.rpartition(".")[2]
+    if kind != "ffn":
+        return kind
+    return "experts" if config.is_moe_layer(int(unit.split(".")[1])) else "dense ffn"

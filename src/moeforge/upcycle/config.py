@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from moeforge.config.model import ModelConfig, MoEConfig
 from moeforge.errors import UserError
@@ -23,12 +23,12 @@ StoredType = Literal["keep", "bf16", "fp32"]
 class UpcycleConfig:
     """How a dense model becomes a mixture of experts. docs/upcycling.md explains every method.
 
-    `num_experts` and `top_k` count the experts of the result. `gate_norm` is lambda of the gating-logit
-    normalisation, None for plain softmax, "auto" for 1.0 where it is defined (E >= 3) and weights are
-    renormalised; with `gate_norm_learned` it is the start of one parameter a layer. `granularity` (virtual-group only) cuts each of the E / G copies of the FFN into G
-    experts; None takes G = K, one whole copy a token. `noise_std` is a share of each matrix's own standard
-    deviation; `noise_fraction` and `drop_ratio` are shares of the F intermediate units. `dtype` "keep"
-    writes what is stored (GGUF weights come as float32).
+    `num_experts` and `top_k` count the experts of the result. `gate_norm` is lambda of the gating-logit normalisation,
+    None for plain softmax, "auto" for 1.0 where it is defined (E >= 3) and weights are renormalised; with
+    `gate_norm_learned` it is the start of one parameter a layer. `granularity` (virtual-group only) cuts each of the
+    E / G copies of the FFN into G experts; None takes G = K, one whole copy a token. `noise_std` is a share of each
+    matrix's own standard deviation; `noise_fraction` and `drop_ratio` are shares of the F intermediate units. `dtype`
+    "keep" writes what is stored (GGUF weights come as float32).
     """
 
     num_experts: int = 8
@@ -137,7 +137,3 @@ class UpcycleConfig:
             layer_frequency=self.layer_frequency,
         )
         return dataclasses.replace(dense, moe=moe)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, for the journal that resuming compares."""
-        return dataclasses.asdict(self)

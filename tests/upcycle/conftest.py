@@ -19,7 +19,13 @@ MakeDense = Callable[..., Checkpoint]
 def make_dense(tmp_path: Path) -> MakeDense:
     """Writes a dense checkpoint: random weights of a size at which every part matters, norms around 1."""
 
-    def make(name: str = "dense", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Checkpoint:
+    def make(
+        name: str = "dense",
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        norms: torch.dtype | None = None,
+        **changes: Any,
+    ) -> Checkpoint:
         sizes: dict[str, Any] = {
             "vocab_size": 96, "hidden_size": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2,
             "head_dim": 8, "ffn_size": 48, "max_positions": 128,
@@ -28,7 +34,8 @@ def make_dense(tmp_path: Path) -> MakeDense:
         rng = torch.Generator().manual_seed(seed)
         writer = ShardWriter(tmp_path / name, config)
         for weight, shape in canonical_shapes(config).items():
-            writer.add(weight, (torch.randn(shape, generator=rng) * 0.15 + ("norm" in weight)).to(dtype))
+            stored = norms or dtype if "norm" in weight else dtype
+            writer.add(weight, (torch.randn(shape, generator=rng) * 0.15 + ("norm" in weight)).to(stored))
         return open_checkpoint(writer.finish())
 
     return make

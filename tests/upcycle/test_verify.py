@@ -69,6 +69,19 @@ def test_narrower_storage_is_not_held_against_the_method(make_dense: MakeDense, 
     assert result.max_logit_diff < 2e-5
 
 
+@pytest.mark.parametrize("stored", ["keep", "bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("dtype", "norms"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, None)]
+)
+@pytest.mark.parametrize("frequency", [1, 2])
+def test_each_weight_is_rounded_to_the_type_that_was_written_for_it(
+    make_dense: MakeDense, tmp_path: Path, stored: Any, dtype: torch.dtype, norms: torch.dtype | None, frequency: int
+) -> None:
+    config = UpcycleConfig(dtype=stored, layer_frequency=frequency)
+    result = run(make_dense(dtype=dtype, norms=norms), tmp_path / "out", config)
+    assert result.passed and result.max_logit_diff < 2e-5
+
+
 @pytest.mark.parametrize("name", ["model.layers.1.block_sparse_moe.experts.2.w2.weight", "lm_head.weight"])
 def test_one_wrong_weight_is_found(make_dense: MakeDense, tmp_path: Path, name: str) -> None:
     from safetensors.torch import load_file, save_file

@@ -7,6 +7,7 @@ Legend: T tokens, D hidden, L layers, V vocabulary.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,6 +23,8 @@ from moeforge.errors import RunError, UserError
 from moeforge.model import DenseAttention, ForwardContext, Transformer
 from moeforge.model.rotary import rotary_angles
 
+_FFN = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight")
+_EXPERT = {"gate": "w1", "up": "w3", "down": "w2"}
 PARAGRAPH = """\
 The harbour town of Aldermere wakes before the sun does. By five o'clock the first boats have passed the
 breakwater, and the women who mend the nets have put the kettle on. In 1873 the council counted 4,216 souls,
@@ -94,18 +97,29 @@ def verify(
 ) -> Verification:
     """Compares hidden states after every layer, and the logits, in `dtype` arithmetic.
 
-    Dense weights are rounded to the mixture's stored type first, so that the method is judged and not
-    `--dtype`. `progress` is called with the number of layers done, the head counting as the last.
+    Each dense weight is first rounded to the type in which the mixture stores what was made of it, so that the
+    method is judged and not `--dtype`. `progress` is called with the number of layers done, the head counting as the
+    last.
     """
-    rounded = None if mixture.dtype(EMBED) == dense.dtype(EMBED) else mixture.dtype(EMBED)
+
+    def dense_weight(name: str) -> Tensor:
+        return dense.tensor(name).to(mixture.dtype(_made_of(name, mixture.config))).to(dtype)
+
+    def mixture_weight(name: str) -> Tensor:
+        return mixture.tensor(name).to(dtype)
+
     differences: list[float] = []
-    walks = zip(_hidden_states(dense, tokens_T, dtype, rounded), _hidden_states(mixture, tokens_T, dtype), strict=True)
-    for hidden_TD, other_TD in walks:
+    walks = (
+        _hidden_states(source.config, weight, tokens_T, dtype)
+        for source, weight in ((dense, dense_weight), (mixture, mixture_weight))
+    )
+    for hidden_TD, other_TD in zip(*walks, strict=True):
         differences.append(_largest(hidden_TD - other_TD))
         if progress is not None:
             progress(len(differences))
-    logits_TV = F.linear(hidden_TD, _output_weight(dense, dtype, rounded))
-    other_TV = F.linear(other_TD, _output_weight(mixture, dtype))
+    head = EMBED if dense.config.tie_embeddings else HEAD
+    logits_TV = F.linear(hidden_TD, dense_weight(head))
+    other_TV = F.linear(other_TD, mixture_weight(head))
     largest = _largest(logits_TV)
     return Verification(
         tokens=len(tokens_T),
@@ -119,22 +133,21 @@ def verify(
 
 
 def _hidden_states(
-    source: Checkpoint, tokens_T: Tensor, dtype: torch.dtype, rounded: torch.dtype | None = None
+    config: ModelConfig, weight: Callable[[str], Tensor], tokens_T: Tensor, dtype: torch.dtype
 ) -> Iterator[Tensor]:
-    """Hidden states [T, D] after each of the L layers, then after the final norm.
+    """Hidden states [T, D] after each of the L layers, then after the final norm. `weight` reads a canonical name.
 
     The model is built without storage; each unit gets its weights when its turn comes and loses them after
     it.
     """
     with torch.device("meta"):
-        model = Transformer(source.config).eval()
+        model = Transformer(config).eval()
     positions_T = torch.arange(len(tokens_T))
-    rotary = rotary_angles(source.config, positions_T, dtype)
+    rotary = rotary_angles(config, positions_T, dtype)
     context = ForwardContext(DenseAttention(1, len(tokens_T)))
-    weights = fuse(source.config, lambda name: _weight(source, name, dtype, rounded))
     x = tokens_T
-    for (name, unit), (_, group) in zip(model.units(), groupby(weights, _unit_of), strict=True):
-        unit.load_state_dict({key.removeprefix(f"{name}."): weight for key, weight in group}, assign=True)
+    for (name, unit), (_, group) in zip(model.units(), groupby(fuse(config, weight), _unit_of), strict=True):
+        unit.load_state_dict({key.removeprefix(f"{name}."): tensor for key, tensor in group}, assign=True)
         x = unit(x, rotary, context)
         unit.to("meta")
         if name.endswith(".ffn") or name == "head":
@@ -147,13 +160,12 @@ def _unit_of(weight: tuple[str, Tensor]) -> str:
     return ".".join(name[:3]) if name[0] == "layers" else name[0]
 
 
-def _weight(source: Checkpoint, name: str, dtype: torch.dtype, rounded: torch.dtype | None) -> Tensor:
-    weight = source.tensor(name)
-    return weight.to(rounded or weight.dtype).to(dtype)
-
-
-def _output_weight(source: Checkpoint, dtype: torch.dtype, rounded: torch.dtype | None = None) -> Tensor:
-    return _weight(source, EMBED if source.config.tie_embeddings else HEAD, dtype, rounded)
+def _made_of(name: str, mixture: ModelConfig) -> str:
+    """The mixture's weight that a dense one became: itself, or the matrix of a layer's first expert."""
+    match = _FFN.fullmatch(name)
+    if match is None or not mixture.is_moe_layer(int(match[1])):
+        return name
+    return f"model.layers.{match[1]}.block_sparse_moe.experts.0.{_EXPERT[match[2]]}.weight"
 
 
 def _largest(x: Tensor) -> float:
@@ -167,6 +179,9 @@ def _rounding(dense: ModelConfig, mixture: Checkpoint, dtype: torch.dtype) -> fl
     """
     assert mixture.config.moe is not None
     shards = dense.ffn_size // mixture.config.moe.expert_size
-    exact = shards & (shards - 1) == 0
-    eps = torch.finfo(dtype if exact else mixture.dtype(EMBED)).eps
+    types = [dtype]
+    if shards & (shards - 1):
+        names = (f"model.layers.{layer}.mlp.down_proj.weight" for layer in mixture.config.moe_layers)
+        types += [mixture.dtype(_made_of(name, mixture.config)) for name in names]
+    eps = max(torch.finfo(each).eps for each in types)
     return 16 * eps * math.sqrt(dense.num_layers)

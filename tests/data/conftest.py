@@ -70,6 +70,7 @@ def make_cache() -> Callable[..., TokenCache]:
             "tokens": total,
             "documents": len(lengths),
             "loss_tokens": total if loss is None else sum(loss),
+            "content": f"{lengths} {first} {loss}",
         }
         meta = {
             "source": {"path": name},

@@ -1,10 +1,14 @@
+import json
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeforge.data import Batch, PackedDataset
+from moeforge.data import Batch, PackedDataset, Source, build_cache
 from moeforge.errors import UserError
 
 lengths_st = st.lists(st.integers(1, 12), min_size=1, max_size=12)
@@ -117,6 +121,35 @@ def test_seed_changes_the_order(make_cache) -> None:
     cache = make_cache([400])
     one, two = (PackedDataset(cache, 4, seed).batch(0, 50).tokens for seed in (0, 1))
     assert not torch.equal(one, two)
+
+
+def test_identity_follows_the_content_not_the_file(tmp_path: Path, tokenizer, make_tokenizer) -> None:
+    file = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": f"The fox number {i} jumps"}) for i in range(40)]
+
+    def identity(path: Path = file, tok=tokenizer, weight: float = 1.0, s: int = 8, seed: int = 0, **options) -> str:
+        caches = build_cache([Source(str(path), weight)], tok, tmp_path / "cache", holdout_fraction=0.2)
+        return PackedDataset(caches, s, seed, **options).identity()
+
+    file.write_text("\n".join(lines))
+    first, held_out = identity(), identity(split="held_out")
+    os.utime(file, (1, 1))
+    assert (identity(), identity(split="held_out")) == (first, held_out)
+    copy = tmp_path / "elsewhere.jsonl"
+    copy.write_bytes(file.read_bytes())
+    assert identity(copy) == first
+    assert len(list((tmp_path / "cache").iterdir())) > 2, "read anew each time"
+    assert identity(split="held_out", weight=2.0) == held_out
+    others = [
+        identity(weight=2.0),
+        identity(s=9),
+        identity(seed=1),
+        identity(tok=make_tokenizer(eos_token="<|im_end|>")),
+    ]
+    lines[0] = lines[0].replace("jumps", "jumbs")
+    file.write_text("\n".join(lines))
+    os.utime(file, (2, 2))
+    assert len({first, held_out, *others, identity()}) == 7
 
 
 def test_too_little_data_is_said(make_cache) -> None:

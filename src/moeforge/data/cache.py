@@ -1,6 +1,6 @@
 """The token cache: packed streams of tokens on disk, memory-mapped.
 
-<cache_dir>/<fingerprint>/meta.json                     tokenizer, EOS, dtype, source, counts
+<cache_dir>/<fingerprint>/meta.json                     tokenizer, EOS, dtype, source, counts, content hashes
 <cache_dir>/<fingerprint>/{train,held_out}/tokens.bin   uint16 (vocabulary < 65536) or uint32
                                            starts.bin   int64, first token of each document
                                            loss.bin     chat only: a bit per token, lowest bit first
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moeforge.errors import UserError
 
-VERSION = 1
+VERSION = 2
 SPLITS = ("train", "held_out")
 
 

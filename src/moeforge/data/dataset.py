@@ -3,6 +3,8 @@
 Legend: B sequences, S positions, N tokens of a stream.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -69,12 +71,13 @@ class PackedDataset:
         self.sequence_length, self.seed, self.split = sequence_length, seed, split
         self._streams: list[TokenStream] = [getattr(cache, split) for cache in caches]
         self._eos_id = caches[0].eos_id if caches else 0
-        weights = [cache.weight if split == "train" else 1.0 for cache in caches]
+        self._caches = caches
+        self._weights = [cache.weight if split == "train" else 1.0 for cache in caches]
         self._sizes = [max(0, -(-(len(stream) - 1) // sequence_length)) for stream in self._streams]
-        self._counts = sequences_per_epoch(self._sizes, weights)
+        self._counts = sequences_per_epoch(self._sizes, self._weights)
         self._offsets = np.cumsum([0, *self._sizes])
         self._orders: dict[int, NDArray[np.int64]] = {}
-        self._check_enough(caches, weights)
+        self._check_enough()
 
     def __len__(self) -> int:
         return sum(self._counts)
@@ -83,6 +86,16 @@ class PackedDataset:
     def tokens(self) -> int:
         """Tokens in the streams read, each counted once."""
         return sum(map(len, self._streams))
+
+    def identity(self) -> str:
+        """Hash of all that decides what `batch` returns: equal for equal content, wherever and whenever it was read."""
+        parts = [
+            [cache.meta["tokenizer_fingerprint"], part["tokens"], weight, part["content"]]
+            for cache, weight in zip(self._caches, self._weights, strict=True)
+            for part in [cache.meta["splits"][self.split]]
+        ]
+        settings = [self.sequence_length, self.seed, self.split]
+        return hashlib.sha256(json.dumps([parts, settings]).encode()).hexdigest()
 
     def batch(self, position: int, count: int) -> Batch:
         """The sequences with global numbers position..position+count-1; epochs follow one another."""
@@ -131,9 +144,10 @@ class PackedDataset:
             np.where(inside, (owner - owner[:, :1])[:, :-1], -1),
         )
 
-    def _check_enough(self, caches: Sequence[TokenCache], weights: Sequence[float]) -> None:
-        labels = ", ".join(repr(cache.label) for cache in caches) or "no source"
-        wanted = [c.meta["splits"][self.split] for c, weight in zip(caches, weights, strict=True) if weight]
+    def _check_enough(self) -> None:
+        labels = ", ".join(repr(cache.label) for cache in self._caches) or "no source"
+        read = [cache for cache, weight in zip(self._caches, self._weights, strict=True) if weight]
+        wanted = [cache.meta["splits"][self.split] for cache in read]
         tokens = sum(counts["tokens"] for counts in wanted)
         if self.split == "train" and tokens < self.sequence_length:
             raise UserError(

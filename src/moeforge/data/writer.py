@@ -1,5 +1,6 @@
 """Writing one packed stream, a document at a time."""
 
+import hashlib
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -57,19 +58,25 @@ class StreamWriter:
         if self._loss is not None:
             self._truncate(self._loss, begin)
 
-    def close(self) -> dict[str, int]:
-        """Brings all of it to disk; returns the counts for meta.json."""
+    def close(self) -> dict[str, Any]:
+        """Brings all of it to disk; returns the counts, and a hash of all files' content, for meta.json."""
+        content = hashlib.sha256()
         if self._loss is not None:
             with open(self.directory / "loss.bin", "wb") as packed:
                 for at in range(0, self.tokens, _COPY_TOKENS):  # a multiple of 8, so that blocks join
                     block = self._read(self._loss, at, min(_COPY_TOKENS, self.tokens - at), np.dtype(bool))
-                    packed.write(np.packbits(block, bitorder="little").tobytes())
+                    bits = np.packbits(block, bitorder="little").tobytes()
+                    packed.write(bits)
+                    content.update(bits)
                 _sync(packed)
         for file in (self._tokens, self._starts):
             _sync(file)
+            file.seek(0)
+            content.update(hashlib.file_digest(file, "sha256").digest())
         self.abandon()
         (self.directory / "loss.bytes").unlink(missing_ok=True)
-        return {"tokens": self.tokens, "documents": self.documents, "loss_tokens": self.loss_tokens}
+        counts = {"tokens": self.tokens, "documents": self.documents, "loss_tokens": self.loss_tokens}
+        return {**counts, "content": content.hexdigest()}
 
     def abandon(self) -> None:
         for file in (self._tokens, self._starts, self._loss):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,7 @@ def test_resume_gives_the_same_losses_bit_for_bit(source: Source, make_config: M
     part.save()
     for _ in range(2):  # lost by the kill
         part.train_step()
+    del part  # and with it the lock on its directory
     resumed = prepare(cut)
     assert resumed.step == 3
     resumed.run()
@@ -148,12 +150,12 @@ def test_a_skewed_router_is_brought_back_only_with_the_auxiliary_loss(source: So
     assert sum(row["drop_rate"] for row in off[-20:]) / 20 > 0.25
 
 
-def start(config: TrainConfig, directory: Path) -> subprocess.Popen[bytes]:
+def start(config: TrainConfig, directory: Path, *arguments: str) -> subprocess.Popen[bytes]:
     file = directory / "config.toml"
     file.write_text(dump_config(config))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "moeforge", "train", str(file), "--json"],
+        [sys.executable, "-m", "moeforge", "train", str(file), "--json", *arguments],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -206,6 +208,7 @@ def test_resuming_with_another_configuration_is_refused(source: Source, make_con
     trainer = prepare(make_config(model))
     trainer.train_step()
     trainer.save()
+    del trainer
     with pytest.raises(UserError, match=r"optimizer\.lr = 0\.02.*was trained with 0\.01"):
         prepare(make_config(model, optimizer={"lr": 2e-2}))
     with pytest.raises(UserError, match="holds a run already"):
@@ -242,6 +245,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
         trainer.save()
     assert checkpoints(Path(config.run.dir)) == [first]
     assert not list(first.parent.glob(".*"))
+    del trainer
     assert prepare(config).step == 1
 
 
@@ -266,3 +270,93 @@ def test_tokens_dropped_beyond_capacity_change_the_loss(source: Source, make_con
         losses.append(row["loss"])
         assert row["moe"][0]["drop_rate"] > 0.3
     assert losses[0] != losses[1]
+
+
+def run_main(config: TrainConfig, directory: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
+    """`moeforge train` in a process of its own: exit code, JSON, stderr."""
+    process = start(config, directory, *arguments)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, json.loads(out) if out else {}, err.decode()
+
+
+@pytest.mark.parametrize("every", [0, 3])
+def test_a_finished_run_started_again_is_reported_and_left_alone(
+    source: Source, make_config: Make, tmp_path: Path, every: int
+) -> None:
+    model = source()
+    config = make_config(model, checkpoint={"every": every})
+    code, first, err = run_main(config, tmp_path)
+    assert code == 0, err
+    run = Path(config.run.dir)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    code, second, err = run_main(config, tmp_path)
+    assert (code, second) == (0, first), err
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+    code, _, err = run_main(make_config(model, checkpoint={"every": every}, optimizer={"lr": 0.5}), tmp_path)
+    assert code == 2 and "optimizer.lr = 0.5" in err and len(err.splitlines()) == 1
+    code, _, err = run_main(config, tmp_path, "--resume", "never")
+    assert code == 2 and "holds a finished run" in err
+
+
+def test_killed_between_the_last_checkpoint_and_the_result(source: Source, make_config: Make, tmp_path: Path) -> None:
+    config = make_config(source())
+    trainer = prepare(config)
+    expected = trainer.run()
+    del trainer  # before save_final
+    code, result, err = run_main(config, tmp_path)
+    assert code == 0, err
+    assert result["final_loss"] == expected.final_loss and result["eval_loss"] == expected.eval_loss
+    assert (Path(config.run.dir) / "final" / "config.json").is_file()
+
+
+def test_two_processes_do_not_share_a_run(source: Source, make_config: Make, tmp_path: Path) -> None:
+    config = make_config(source())
+    trainer = prepare(config)
+    code, _, err = run_main(config, tmp_path)
+    assert code == 2 and "another process is training in it" in err
+    assert trainer.run().steps == 8
+
+
+def test_torchrun_with_several_processes_is_refused(
+    source: Source, make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="torchrun with 2 processes"):
+        prepare(make_config(source()))
+
+
+def test_resuming_from_an_older_checkpoint_does_not_lose_the_later(source: Source, make_config: Make) -> None:
+    model = source()
+    config = make_config(model, train={"steps": 8}, checkpoint={"every": 3, "keep": 5})
+    prepare(config).run()
+    first, *later = checkpoints(Path(config.run.dir))
+    with pytest.raises(UserError, match=f"holds the later {later[-1].name}"):
+        prepare(config, resume=str(first))
+    branch = make_config(model, "branch", checkpoint={"every": 3, "keep": 5})
+    assert prepare(branch, resume=str(first)).step == 3
+    assert checkpoints(Path(config.run.dir)) == [first, *later]
+
+
+def test_another_corpus_under_the_same_name_is_noticed(
+    source: Source, make_config: Make, corpus: Path, tmp_path: Path
+) -> None:
+    mine = Path(shutil.copytree(corpus, tmp_path / "corpus"))
+    config = make_config(source(), data={"train": [{"path": str(mine), "format": "text"}]})
+    trainer = prepare(config)
+    trainer.train_step()
+    trainer.save()
+    del trainer
+    file = mine / "000.txt"
+    text = file.read_text()
+    file.write_text(text)  # touched, not changed
+    assert prepare(config).step == 1
+    file.write_text("w1 w2 w3 " + text)
+    with pytest.raises(UserError, match="no longer the text"):
+        prepare(config)
+
+
+def test_alpha_starts_at_its_maximum_and_falls_in_balance(source: Source, make_config: Make) -> None:
+    config = make_config(source(), router={"alpha_max": 0.05, "beta": 0.5, "capacity_factor": 4.0})
+    trainer = prepare(config)
+    alphas = [trainer.train_step()["moe"][0]["aux_coef"] for _ in range(4)]
+    assert alphas == pytest.approx([0.05, 0.025, 0.0125, 0.00625])

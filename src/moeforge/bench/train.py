@@ -37,7 +37,7 @@ class TrainBench:
     sequences: int = 4
     positions: int = 256
     runs: int = 5
-    steps: int = 3
+    steps: int = 2
     note: Note = field(default=print)
 
     def run(self, ratios: list[str]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeforge.data import Batch
+
 StepFunction = Callable[[Tensor], float]
 
 
@@ -27,53 +29,69 @@ def batches(path: Path, sequences: int, positions: int, count: int) -> list[Tens
     return [stream[i * need : (i + 1) * need].view(sequences, positions) for i in range(count)]
 
 
-def ours(model_path: str, precision: str, lr: float) -> StepFunction:
-    """moeforge's step: router statistics and balance loss included, as `moeforge train` does it."""
-    from moeforge.checkpoint import load_model
-    from moeforge.model import DenseAttention, ForwardContext, RouterRecord, RoutingGroups
-    from moeforge.train.balance import AdaptiveCoefficients, drop_rate
+class _Stream:
+    """One endless document as training data, cut into the same batches that the other side gets."""
+
+    def __init__(self, batches: list[Tensor]) -> None:
+        self._rows = torch.cat(batches)
+
+    def batch(self, position: int, count: int) -> Batch:
+        """Rows position..position+count-1, from the start again after the last; the last target of a row is left out,
+        as transformers leaves it out."""
+        index = torch.arange(position, position + count) % len(self._rows)
+        tokens = self._rows[index]
+        targets = torch.cat([tokens[:, 1:], torch.full((count, 1), -100)], dim=1)
+        positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+        return Batch(tokens, targets, positions, torch.zeros(tokens.shape, dtype=torch.int32))
+
+    def identity(self) -> str:
+        """Nothing is resumed here."""
+        return ""
+
+
+def ours(job: dict[str, Any], data: list[Tensor]) -> StepFunction:
+    """`moeforge train`'s own step, with its defaults: router statistics, balance loss, gradient norm, clipping."""
     from moeforge.train.heap import keep_freed_memory
-    from moeforge.train.optimizer import MODEL_DTYPE, Optimizer
 
     keep_freed_memory()
-    model = load_model(model_path, MODEL_DTYPE[precision])
-    config = model.config
-    assert config.moe is not None
-    optimizer = Optimizer(model, masters=precision == "bf16", weight_decay=0.01)
-    balance = AdaptiveCoefficients(len(config.moe_layers), 0.01, 0.2, 0.99, adaptive=True)
-    num_experts = config.moe.num_experts
+    from moeforge.checkpoint import load_model, open_checkpoint
+    from moeforge.config.schema import TrainConfig
+    from moeforge.train import Trainer
+    from moeforge.train.optimizer import MODEL_DTYPE
 
-    def step(tokens_BS: Tensor) -> float:
-        b, s = tokens_BS.shape
-        targets_BS = torch.cat([tokens_BS[:, 1:], torch.full((b, 1), -100)], dim=1)
-        record = RouterRecord(config.moe_layers, num_experts, 1, balance.alpha, b * s)
-        context = ForwardContext(DenseAttention(b, s), groups=RoutingGroups(b), record=record)
-        hidden = model(tokens_BS.flatten(), torch.arange(s).repeat(b), context)
-        loss = model.loss(hidden, targets_BS.flatten(), context) / (b * (s - 1))
-        loss.backward()
-        optimizer.step(lr)
-        balance.update(drop_rate(record.totals(), "group", 1.25))
-        return loss.item()
+    source = open_checkpoint(job["model"])
+    config = TrainConfig.model_validate(
+        {
+            "run": {"similarity_every": 0, "gate_distribution_every": 0},
+            "model": {"path": job["model"], "precision": job["precision"]},
+            "data": {"train": [{"path": job["tokens"]}], "sequence_length": job["positions"]},
+            "train": {"steps": 1000, "batch_sequences": job["sequences"], "micro_batch_sequences": job["sequences"]},
+            "optimizer": {"lr": job["lr"]},
+            "schedule": {"kind": "constant", "warmup_steps": 0},
+        },
+        strict=False,
+    )
+    model = load_model(source, MODEL_DTYPE[job["precision"]])
+    trainer = Trainer(config, Path("."), model, source, _Stream(data), None)
+    return lambda _: float(trainer.train_step()["loss"])
 
-    return step
 
-
-def transformers(model_path: str, precision: str, lr: float, experts: str) -> StepFunction:
+def transformers(job: dict[str, Any]) -> StepFunction:
     """transformers' Mixtral with one of its expert implementations and fused AdamW."""
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, experts_implementation=experts)
+    dtype = torch.float32 if job["precision"] == "fp32" else torch.bfloat16
+    model: Any = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, experts_implementation=job["experts"])
     model.config.use_cache = False
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job["lr"], fused=True)
 
     def step(tokens_BS: Tensor) -> float:
         loss = model(input_ids=tokens_BS, labels=tokens_BS).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
@@ -92,10 +110,7 @@ def profile(step: StepFunction, tokens_BS: Tensor, rows: int = 12) -> list[dict[
 def main(job: dict[str, Any]) -> dict[str, Any]:
     """Warm up, time `steps` steps, and report losses and seconds."""
     data = batches(Path(job["tokens"]), job["sequences"], job["positions"], job["warmup"] + job["steps"])
-    if job["side"] == "moeforge":
-        step = ours(job["model"], job["precision"], job["lr"])
-    else:
-        step = transformers(job["model"], job["precision"], job["lr"], job["experts"])
+    step = ours(job, data) if job["side"] == "moeforge" else transformers(job)
     losses, seconds = [], []
     for tokens_BS in data:
         start = time.perf_counter()

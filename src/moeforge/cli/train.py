@@ -42,21 +42,25 @@ def command(
 
     from moeforge.cli.progress import TrainingBar
     from moeforge.cli.tables import run_table
-    from moeforge.train import prepare
+    from moeforge.train import finished, prepare, read_result
 
     console = stderr_console()
-    with console.status("reading data and model"):
-        trainer = prepare(resolved, resume, plan)
-    console.print(run_table(trainer))
-    if trainer.step:
-        console.print(f"resuming after step {trainer.step}")
-    with TrainingBar(console, "training", resolved.train.steps, trainer.step) as bar:
-        result = trainer.run(bar)
-    finished = result.steps == resolved.train.steps
-    final = trainer.save_final() if finished else None
+    if finished(resolved, resume):
+        result = read_result(Path(resolved.run.dir))
+    else:
+        with console.status("reading data and model") as status:
+            trainer = prepare(resolved, resume, plan, lambda tokens: status.update(f"tokenising: {tokens:,} tokens"))
+        console.print(run_table(trainer))
+        if trainer.step:
+            console.print(f"resuming after step {trainer.step}")
+        with TrainingBar(console, "training", resolved.train.steps, trainer.step) as bar:
+            result = trainer.run(bar)
+        if result.steps == resolved.train.steps:
+            trainer.save_final()
+    final = result.run_dir / "final"
     emit(
-        {**asdict(result), "final": final},
+        {**asdict(result), "final": final if final.exists() else None},
         json,
-        f"{result.run_dir}: loss {result.final_loss:.4f} after {result.steps} steps"
-        + (f"; model in {final}" if final else f"; stopped by {result.interrupted}, run again to go on"),
+        f"{result.run_dir}: loss {result.final_loss:.4f} after {result.steps} steps; "
+        + (f"model in {final}" if final.exists() else f"stopped by {result.interrupted}, run again to go on"),
     )

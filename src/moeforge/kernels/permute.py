@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moeforge.kernels.precision import widen
+
 _ALIGNMENT_16_BIT = 32
 
 
@@ -108,12 +110,13 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         y, weights, row = ctx.saved_tensors
         grad = grads[0]
-        cast = weights.to(y.dtype)
+        cast, wide = weights.to(y.dtype), widen(grad)
         grad_y = torch.zeros_like(y)
         grad_weights = torch.empty_like(weights)
         for k in range(row.shape[1]):
             grad_y.index_copy_(0, row[:, k], grad * cast[:, k : k + 1])
-            grad_weights[:, k] = torch.linalg.vecdot(y.index_select(0, row[:, k]), grad)
+            # In float32: the router learns from the difference of such products, nearly equal while experts are.
+            grad_weights[:, k] = (widen(y.index_select(0, row[:, k])) * wide).sum(1)
         return grad_y, grad_weights, None
 
 

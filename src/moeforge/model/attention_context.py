@@ -53,6 +53,9 @@ class DenseAttention:
         b, s = self.sequences, self.positions
         q, k, v = (x.view(b, s, *x.shape[1:]).transpose(1, 2) for x in (q_THh, k_TGh, v_TGh))
         mask = self._mask(window, q)
+        if mask is not None and q.is_cuda and q.shape[1] != k.shape[1]:
+            # With a mask, torch's fused GPU kernels take no grouped queries; the one that does keeps all S x S scores.
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
         )

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from moeforge.errors import UserError
+
 Precision = Literal["bf16", "bf16_pure", "fp32", "fp64"]
 
 MODEL_DTYPE: dict[str, torch.dtype] = {
@@ -74,7 +76,7 @@ class Optimizer:
         if self.clip_norm > 0:
             factor = (self.clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0)
             if factor.device.type != "cpu" or factor < 1:
-                torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+                torch._foreach_mul_(gradients, factor)
         for group in self.torch.param_groups:
             group["lr"] = lr * group["scale"]
         self.torch.step()
@@ -96,14 +98,20 @@ class Optimizer:
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state`; the model's own weights are already loaded."""
+        """The inverse of `state`; the model's own weights are already loaded. Raises UserError for a missing entry."""
         for name, master in zip(self.names, self.masters, strict=True):
             if self._uses_masters:
-                master.copy_(state[f"master.{name}"])
-            for moment in _MOMENTS:
-                if (value := state.get(f"{moment}.{name}")) is not None:
-                    # A fused step counter lives with its parameter; elsewhere torch keeps it where it was saved.
-                    self.torch.state[master][moment] = value.to(master.device)
+                master.copy_(_entry(state, f"master.{name}"))
+            if isinstance(self.torch, torch.optim.AdamW):
+                self.torch.state[master] = {
+                    moment: _entry(state, f"{moment}.{name}").to(master.device) for moment in _MOMENTS
+                }
+
+
+def _entry(state: dict[str, Tensor], key: str) -> Tensor:
+    if key not in state:
+        raise UserError(f"optimizer state: {key} is missing; resume from another checkpoint")
+    return state[key]
 
 
 class _MoveGradient:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
 
 from moeforge.checkpoint import Checkpoint, load_model, open_checkpoint, pick_device
 from moeforge.config.schema import TrainConfig
@@ -17,11 +21,8 @@ from moeforge.files import write_whole
 from moeforge.layout import Layout
 from moeforge.train.heap import keep_freed_memory
 from moeforge.train.optimizer import MODEL_DTYPE
-from moeforge.train.state import TrainerState, checkpoints, load_trainer_state
+from moeforge.train.resume import find_resume
 from moeforge.train.trainer import Trainer
-
-# What may differ between a checkpoint's configuration and the one that resumes it: none of it changes a loss.
-_FREE = ("run.", "checkpoint.", "eval.", "data.cache_dir", "model.device", "model.recompute")
 
 
 def open_data(
@@ -42,52 +43,36 @@ def open_data(
     )
 
 
-def find_resume(config: TrainConfig, resume: str) -> tuple[Path, TrainerState] | None:
-    """The checkpoint to go on from: "auto" the run's newest if any, "never" none, else the directory named.
-
-    Raises UserError if its configuration differs in a key that changes the training.
-    """
-    run_dir = Path(config.run.dir)
-    if resume == "never":
-        if checkpoints(run_dir) or (run_dir / "metrics.jsonl").exists():
-            raise UserError(f"run.dir = {run_dir}: holds a run already; name another directory, or use --resume auto")
-        return None
-    found = checkpoints(run_dir)[-1:] if resume == "auto" else [Path(resume)]
-    if not found:
-        return None
-    state = load_trainer_state(found[0])
-    mine, theirs = _flat(config.model_dump(mode="json")), _flat(state.config)
-    for key in sorted(mine.keys() | theirs.keys()):
-        changes_training = not key.startswith(_FREE) or key == "run.seed"
-        if changes_training and mine.get(key) != theirs.get(key):
-            raise UserError(
-                f"{key} = {mine.get(key)}: the checkpoint {found[0]} was trained with {theirs.get(key)}; "
-                "set it back, or start a new run in another run.dir"
-            )
-    return found[0], state
-
-
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else None
-    if items is None:
-        return {prefix[:-1]: data}
-    return {key: value for name, child in items for key, value in _flat(child, f"{prefix}{name}.").items()}
+def _lock(run_dir: Path) -> FileLock:
+    """Keeps other processes out of the run's directory for as long as the lock lives."""
+    lock = FileLock(run_dir / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"run.dir = {run_dir}: another process is training in it; wait for it or name another"
+        ) from None
+    return lock
 
 
 def prepare(
     config: TrainConfig,
     resume: str = "auto",
     plan: Path | None = None,
-    data: tuple[PackedDataset, PackedDataset | None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Trainer:
     """A trainer at the step that the run stands at, its run directory written.
 
-    `data` replaces the corpora of the configuration by open datasets. Raises UserError for bad input.
+    `progress` is called with the number of tokens that were tokenised so far. Raises UserError for bad input.
     """
+    if (world_size := int(os.environ.get("WORLD_SIZE", "1"))) != 1:
+        raise UserError(f"torchrun with {world_size} processes: this version trains in one process; run it without")
     device = pick_device(config.model.device, "model.device")
     if device.type == "cpu":
         keep_freed_memory()
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
     resumed = find_resume(config, resume)
     source = open_checkpoint(config.model.path)
     _check_positions(config, source)
@@ -95,18 +80,24 @@ def prepare(
     if plan is not None:
         layout = Layout.read(plan)
         layout.check(source.config, world_size=1)
-    train_data, held_out = data or open_data(config, source.tokenizer(), progress)
+    train_data, held_out = open_data(config, source.tokenizer(), progress)
+    if resumed and resumed[1].data != train_data.identity():
+        raise UserError(
+            f"data.train: no longer the text that the checkpoint {resumed[0]} was trained on; restore it, or start a "
+            "new run in another run.dir"
+        )
     started_from = open_checkpoint(resumed[0]) if resumed else source
     model = load_model(started_from, MODEL_DTYPE[config.model.precision], device, layout)
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    lock = _lock(run_dir)
     if resumed is None:
         # Without a checkpoint nothing of an earlier, killed attempt can be gone on from.
         shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
     write_whole(run_dir / "config.toml", dump_config(config))
     write_whole(run_dir / "model.json", json.dumps(source.config.to_dict(), indent=2) + "\n")
     layout.write(run_dir / "layout.json")
-    return Trainer(config, run_dir, model, source, train_data, held_out, resumed)
+    return Trainer(config, run_dir, model, source, train_data, held_out, resumed, lock)
 
 
 def _check_positions(config: TrainConfig, source: Checkpoint) -> None:

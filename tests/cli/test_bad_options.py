@@ -165,9 +165,10 @@ def test_training_files(tmp_path: Path, refused: Refused) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path, model: Model, command: Command, capfd: pytest.CaptureFixture[str]) -> list[str]:
-    """A finished run of a mixture: the command line that made it."""
+    """A run of a mixture, killed after its last checkpoint: the command line that made it."""
     arguments = command("train", model("moe"))
     assert main(arguments) == 0, capfd.readouterr().err
+    shutil.rmtree(tmp_path / "run" / "final")
     return arguments
 
 

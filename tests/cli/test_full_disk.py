@@ -72,7 +72,8 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 
 def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
+    """What lies there, but for the lock that keeps other processes out of a run."""
+    return sorted(path.name for path in directory.iterdir() if path.name != ".lock")
 
 
 def losses(run: Path) -> list[float]:

@@ -210,7 +210,9 @@ class EvalSection(Section):
 class CheckpointSection(Section):
     """Saving during training."""
 
-    every: CountOrZero = Field(default=200, description="Steps between two checkpoints, with one at the end (0 = none, only the final model).")
+    every: CountOrZero = Field(
+        default=200, description="Steps between two checkpoints, with one at the end (0 = none, only the final model)."
+    )
     keep: Count = Field(default=2, description="Newest checkpoints to keep.")
 
 

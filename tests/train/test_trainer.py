@@ -360,3 +360,59 @@ def test_alpha_starts_at_its_maximum_and_falls_in_balance(source: Source, make_c
     trainer = prepare(config)
     alphas = [trainer.train_step()["moe"][0]["aux_coef"] for _ in range(4)]
     assert alphas == pytest.approx([0.05, 0.025, 0.0125, 0.00625])
+
+
+def test_a_signal_before_the_first_step_leaves_nothing_to_resume(
+    source: Source, make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(source())
+    evaluate = Trainer.evaluate
+
+    def interrupted(self: Trainer) -> float:
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", interrupted)
+        result = prepare(config).run()
+    assert (result.steps, result.interrupted) == (0, "SIGTERM") and checkpoints(Path(config.run.dir)) == []
+    assert prepare(config).run().steps == 8
+
+
+def test_a_signal_in_the_last_step_comes_too_late(source: Source, make_config: Make) -> None:
+    config = make_config(source())
+    trainer = prepare(config)
+    result = trainer.run(lambda row: signal.raise_signal(signal.SIGTERM) if row["step"] == 8 else None)
+    assert result.steps == 8 and result.interrupted is None
+
+
+def test_a_second_signal_much_later_acts_as_outside(
+    source: Source, make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moeforge.train.trainer._ONE_INTENT_SECONDS", -1.0)
+    trainer = prepare(make_config(source()))
+
+    def twice(row: dict[str, Any]) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(twice)
+
+
+def test_a_refused_run_leaves_no_directory(source: Source, make_config: Make, tmp_path: Path) -> None:
+    config = make_config(source(), run={"dir": str(tmp_path / "deep" / "run")}, data={"sequence_length": 65})
+    with pytest.raises(UserError, match="64 positions"):
+        prepare(config)
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_result_without_metrics_is_still_written(source: Source, make_config: Make, tmp_path: Path) -> None:
+    config = make_config(source())
+    trainer = prepare(config)
+    trainer.run()
+    del trainer
+    (Path(config.run.dir) / "metrics.jsonl").unlink()
+    code, result, err = run_main(config, tmp_path)
+    assert code == 0, err
+    assert result["steps"] == 8 and result["final"] is not None

@@ -51,7 +51,7 @@ class _Stream:
 
 def ours(job: dict[str, Any], data: list[Tensor]) -> StepFunction:
     """`moeforge train`'s own step, with its defaults: router statistics, balance loss, gradient norm, clipping."""
-    from moeforge.train.heap import keep_freed_memory
+    from moeforge.heap import keep_freed_memory
 
     keep_freed_memory()
     from moeforge.checkpoint import load_model, open_checkpoint

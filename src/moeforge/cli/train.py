@@ -27,7 +27,9 @@ def command(
     init: Annotated[bool, typer.Option("--init", help="Print a commented configuration and stop.")] = False,
     json: Json = False,
 ) -> None:
-    """Train a model. Killed at any moment and started again, it goes on and gives the same losses."""
+    """Train a model. SIGTERM or Ctrl-C saves and exits with 0 ("interrupted" in the JSON says so); killed at any moment
+    and started again, it goes on and gives the same losses.
+    """
     if init:
         from moeforge.config.template import commented_template
 
@@ -55,7 +57,7 @@ def command(
             console.print(f"resuming after step {trainer.step}")
         with TrainingBar(console, "training", resolved.train.steps, trainer.step) as bar:
             result = trainer.run(bar)
-        if result.steps == resolved.train.steps:
+        if trainer.step == resolved.train.steps:
             trainer.save_final()
     final = result.run_dir / "final"
     emit(

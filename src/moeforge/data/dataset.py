@@ -90,7 +90,7 @@ class PackedDataset:
     def identity(self) -> str:
         """Hash of all that decides what `batch` returns: equal for equal content, wherever and whenever it was read."""
         parts = [
-            [cache.meta["tokenizer_fingerprint"], part["tokens"], weight, part["content"]]
+            [cache.eos_id, part["tokens"], weight, part["content"]]
             for cache, weight in zip(self._caches, self._weights, strict=True)
             for part in [cache.meta["splits"][self.split]]
         ]

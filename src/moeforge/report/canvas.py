@@ -111,10 +111,17 @@ def compact(value: float) -> str:
             return f"{value / (1e3 if unit == 'k' else limit):.3g}{unit}"
     if value == int(value):
         return str(int(value))
+    if 0.99 < abs(value) < 1:  # similarities: what they lack to 1 is what there is to read
+        return f"{value:.{min(1 - math.floor(math.log10(1 - abs(value))), 12)}f}".rstrip("0")
     if abs(value) < 1e-3:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:.4g}"
+
+
+def rounded(value: float) -> str:
+    """`compact` of three significant digits, or of all where they are what counts (just below 1)."""
+    return compact(value if 0.99 < abs(value) < 1 else float(f"{value:.3g}"))
 
 
 def _name_lines(axis: Axes, prefix: str) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moeforge.report.canvas import compact, hoverable
+from moeforge.report.canvas import compact, hoverable, rounded
 from moeforge.report.runs import Array, GateDistribution, Run
 from moeforge.report.series import (
     MAX_LAYER_POINTS,
@@ -228,7 +228,7 @@ def _line(ax: Axes, x: Array, y: Array, color: str, label: str, limit: int | Non
     drawn = thin(x, y, limit) if limit else thin(x, y)
     (line,) = ax.plot(*drawn, color=color, marker="o" if len(y) == 1 else "", markersize=5)
     hoverable(line, label)
-    return float(y[-1]), compact(float(f"{y[-1]:.3g}")), color
+    return float(y[-1]), rounded(float(y[-1])), color
 
 
 def _end_labels(ax: Axes, ends: list[tuple[float, str, str]], gap: float = 14.0) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moeforge.report.canvas import compact
+from moeforge.report.canvas import compact, rounded
 from moeforge.report.runs import LAYER_KEYS, Array, Run
 from moeforge.report.series import mean_over_layers
 
@@ -78,15 +78,15 @@ def facts(summary: dict[str, Any]) -> list[Fact]:
         Fact("Drop rate", percent(s["drop_rate"]), "assignments over capacity, at the end"),
         Fact(
             "α range",
-            f"{_short(s['aux_coef_min'])} – {_short(s['aux_coef_max'])}" if alpha_known else "–",
+            f"{rounded(s['aux_coef_min'])} – {rounded(s['aux_coef_max'])}" if alpha_known else "–",
             "over all layers and steps",
         ),
         Fact("Expert similarity", number(s["expert_similarity"]), "mean pairwise cosine; copies have 1"),
-        Fact("Max1 / Max2", _short(s["max1_over_max2"]), "of the gate at the end; 1 is undecided"),
-        Fact("Speed", f"{_short(s['tokens_per_second'])} tokens/s", "median step"),
+        Fact("Max1 / Max2", rounded(s["max1_over_max2"]), "of the gate at the end; 1 is undecided"),
+        Fact("Speed", f"{rounded(s['tokens_per_second'])} tokens/s", "median step"),
         Fact(
             "Trained",
-            f"{_short(s['tokens'])} tokens",
+            f"{rounded(s['tokens'])} tokens",
             f"{s['steps']:,} optimiser steps" if s["steps"] != 1 else "1 optimiser step",
         ),
         Fact("Wall time", duration(s["seconds"]), "in training steps"),
@@ -132,11 +132,6 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _short(value: float) -> str:
-    """Three significant digits."""
-    return compact(float(f"{value:.3g}"))
-
-
 def _change(before: float, after: float) -> str:
     if math.isnan(before):
         return "–" if math.isnan(after) else f"{after:.3f}"
@@ -144,7 +139,7 @@ def _change(before: float, after: float) -> str:
 
 
 def _parameters(count: int | None) -> str:
-    return "–" if count is None else _short(count)
+    return "–" if count is None else rounded(count)
 
 
 def _last(values: Array) -> float:

@@ -25,7 +25,7 @@ class TrainResult:
     interrupted: str | None = None
 
 
-def read_result(run_dir: Path, interrupted: str | None = None) -> TrainResult:
+def read_result(run_dir: Path) -> TrainResult:
     """The result of the run so far, whichever processes made it."""
     rows = read_rows(run_dir / "metrics.jsonl")
     evaluated = [row["eval_loss"] for row in rows if "eval_loss" in row]
@@ -39,5 +39,4 @@ def read_result(run_dir: Path, interrupted: str | None = None) -> TrainResult:
         evaluated[0] if evaluated and rows[0]["step"] == 0 else None,
         evaluated[-1] if evaluated else None,
         statistics.median(speeds) if speeds else math.nan,
-        interrupted,
     )

@@ -10,8 +10,10 @@ from moeforge.config.toml import load_config
 from moeforge.errors import UserError
 from moeforge.train.state import TrainerState, checkpoint_directory, checkpoints, load_trainer_state
 
-# What may differ between a checkpoint's configuration and the one that resumes it: none of it changes a loss.
+# What may differ between a checkpoint's configuration and the one that resumes it, since none of it changes a loss;
+# and what of that may not.
 _FREE = ("run.", "checkpoint.", "eval.", "data.cache_dir", "model.device", "model.recompute")
+_FIXED = ("run.seed", "run.deterministic")
 
 
 def finished(config: TrainConfig, resume: str = "auto") -> bool:
@@ -20,13 +22,17 @@ def finished(config: TrainConfig, resume: str = "auto") -> bool:
     Raises UserError if it holds another finished run, or if this one was asked to start or resume elsewhere.
     """
     run_dir = Path(config.run.dir)
-    if not (run_dir / "final").exists():
+    if not (run_dir / "final" / "config.json").is_file():
         return False
     if resume != "auto":
         raise UserError(f"run.dir = {run_dir}: holds a finished run; name another directory")
-    _require_same(
-        config, load_config(run_dir / "config.toml").model_dump(mode="json"), f"the finished run in {run_dir}"
-    )
+    try:
+        other = load_config(run_dir / "config.toml")
+    except UserError as error:
+        raise UserError(
+            f"run.dir = {run_dir}: its config.toml cannot be read ({error}); name another run.dir"
+        ) from error
+    _require_same(config, other.model_dump(mode="json"), f"the finished run in {run_dir}")
     return True
 
 
@@ -57,7 +63,7 @@ def find_resume(config: TrainConfig, resume: str) -> tuple[Path, TrainerState] |
 def _require_same(config: TrainConfig, other: dict[str, Any], whose: str) -> None:
     mine, theirs = _flat(config.model_dump(mode="json")), _flat(other)
     for key in sorted(mine.keys() | theirs.keys()):
-        changes_training = not key.startswith(_FREE) or key == "run.seed"
+        changes_training = not key.startswith(_FREE) or key in _FIXED
         if changes_training and mine.get(key) != theirs.get(key):
             raise UserError(
                 f"{key} = {mine.get(key)}: {whose} was trained with {theirs.get(key)}; set it back, or start a new run "

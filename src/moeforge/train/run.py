@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,10 @@ from moeforge.config.toml import dump_config
 from moeforge.data import PackedDataset, TokenCache, build_cache
 from moeforge.errors import UserError
 from moeforge.files import write_whole
+from moeforge.heap import keep_freed_memory
 from moeforge.layout import Layout
-from moeforge.train.heap import keep_freed_memory
 from moeforge.train.optimizer import MODEL_DTYPE
-from moeforge.train.resume import find_resume
+from moeforge.train.resume import find_resume, finished
 from moeforge.train.trainer import Trainer
 
 
@@ -44,15 +46,34 @@ def open_data(
 
 
 def _lock(run_dir: Path) -> FileLock:
-    """Keeps other processes out of the run's directory for as long as the lock lives."""
+    """Keeps other processes out of the run's directory for as long as the lock lives.
+
+    A file system that cannot lock is used without.
+    """
     lock = FileLock(run_dir / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
         raise UserError(
-            f"run.dir = {run_dir}: another process is training in it; wait for it or name another"
+            f"run.dir = {run_dir}: another process is training in it and holds {lock.lock_file}; wait, or name another"
         ) from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
     return lock
+
+
+@contextmanager
+def _made(directory: Path) -> Iterator[None]:
+    """Make a directory; if the block fails and it was not there before, it goes again."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if missing:
+            shutil.rmtree(missing[-1], ignore_errors=True)
+        raise
 
 
 def prepare(
@@ -65,39 +86,41 @@ def prepare(
 
     `progress` is called with the number of tokens that were tokenised so far. Raises UserError for bad input.
     """
-    if (world_size := int(os.environ.get("WORLD_SIZE", "1"))) != 1:
-        raise UserError(f"torchrun with {world_size} processes: this version trains in one process; run it without")
+    if (processes := os.environ.get("WORLD_SIZE") or "1") != "1":
+        raise UserError(f"torchrun with {processes} processes: this version trains in one process; run it without")
     device = pick_device(config.model.device, "model.device")
     if device.type == "cpu":
         keep_freed_memory()
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(True)
-    resumed = find_resume(config, resume)
-    source = open_checkpoint(config.model.path)
-    _check_positions(config, source)
-    layout = Layout.single(source.config, config.model.recompute)
-    if plan is not None:
-        layout = Layout.read(plan)
-        layout.check(source.config, world_size=1)
-    train_data, held_out = open_data(config, source.tokenizer(), progress)
-    if resumed and resumed[1].data != train_data.identity():
-        raise UserError(
-            f"data.train: no longer the text that the checkpoint {resumed[0]} was trained on; restore it, or start a "
-            "new run in another run.dir"
-        )
-    started_from = open_checkpoint(resumed[0]) if resumed else source
-    model = load_model(started_from, MODEL_DTYPE[config.model.precision], device, layout)
+    torch.use_deterministic_algorithms(config.run.deterministic)
     run_dir = Path(config.run.dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = _lock(run_dir)
-    if resumed is None:
-        # Without a checkpoint nothing of an earlier, killed attempt can be gone on from.
-        shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
-    write_whole(run_dir / "config.toml", dump_config(config))
-    write_whole(run_dir / "model.json", json.dumps(source.config.to_dict(), indent=2) + "\n")
-    layout.write(run_dir / "layout.json")
-    return Trainer(config, run_dir, model, source, train_data, held_out, resumed, lock)
+    with _made(run_dir):
+        lock = _lock(run_dir)
+        if finished(config, resume):
+            raise UserError(f"run.dir = {run_dir}: another process has just finished this run; its result is there")
+        resumed = find_resume(config, resume)
+        source = open_checkpoint(config.model.path)
+        _check_positions(config, source)
+        layout = Layout.single(source.config, config.model.recompute)
+        if plan is not None:
+            layout = Layout.read(plan)
+            layout.check(source.config, world_size=1)
+        train_data, held_out = open_data(config, source.tokenizer(), progress)
+        if resumed and resumed[1].data != train_data.identity():
+            raise UserError(
+                f"data.train: no longer the text that the checkpoint {resumed[0]} was trained on; restore it, or "
+                "start a new run in another run.dir"
+            )
+        started_from = open_checkpoint(resumed[0]) if resumed else source
+        model = load_model(started_from, MODEL_DTYPE[config.model.precision], device, layout)
+        if resumed is None:
+            # Without a checkpoint nothing of an earlier, killed attempt can be gone on from.
+            shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+        write_whole(run_dir / "config.toml", dump_config(config))
+        write_whole(run_dir / "model.json", json.dumps(source.config.to_dict(), indent=2) + "\n")
+        layout.write(run_dir / "layout.json")
+        return Trainer(config, run_dir, model, source, train_data, held_out, resumed, lock)
 
 
 def _check_positions(config: TrainConfig, source: Checkpoint) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -69,7 +70,7 @@ def save_checkpoint(
         for path in (*draft.iterdir(), draft):
             _sync(path)
         if final.exists():
-            shutil.rmtree(final)
+            _discard(final)
         draft.rename(final)
         _sync(final.parent)
     except Exception as error:  # tokenizers and safetensors raise classes of their own for a full disk
@@ -80,7 +81,7 @@ def save_checkpoint(
         reason = f"the disk is full: {full}" if full else (str(error) or type(error).__name__).splitlines()[0]
         raise RunError(f"{final}: cannot save the checkpoint of step {state.step} ({reason}); {saved}") from error
     for old in checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old)
+        _discard(old)
     return final
 
 
@@ -89,10 +90,21 @@ def _remove_drafts(parent: Path) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def _discard(checkpoint: Path) -> None:
+    """Remove a checkpoint so that a kill half-way leaves nothing that looks like one."""
+    trash = checkpoint.with_name(f".{checkpoint.name}.old")
+    checkpoint.rename(trash)
+    shutil.rmtree(trash)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems do not know it for directories.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
     finally:
         os.close(descriptor)
 

@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -165,10 +166,12 @@ class Trainer:
     def run(self, on_step: OnStep | None = None) -> TrainResult:
         """Train to the last step; evaluate, log and save as configured.
 
-        SIGTERM and SIGINT let the step under way finish, save, and end the run; a second one acts as it would outside.
+        SIGTERM and SIGINT let the step under way finish, save, and end the run; another one later acts as it would
+        outside.
         """
         config = self.config
         log = MetricsLog(self.run_dir, self.step, config.run.tensorboard)
+        saved = self.step
         with _Signals() as signals:
             if self.step == 0 and self.held_out is not None:
                 log.write({"step": 0, "tokens": 0, "eval_loss": self.evaluate()})
@@ -181,12 +184,19 @@ class Trainer:
                 log.write(row)
                 if on_step is not None:
                     on_step(row)
-                if _due(self.step, config.checkpoint.every) or (last and config.checkpoint.every):
+                if _due(self.step, config.checkpoint.every) or (last and config.checkpoint.every > 0):
                     self.save()
-            if signals.caught is not None and self.step < config.train.steps:
+                    saved = self.step
+            cut_short = self.step < config.train.steps
+            if cut_short and saved != self.step:
                 self.save()
         log.close()
-        return read_result(self.run_dir, signals.caught)
+        return replace(
+            read_result(self.run_dir),
+            steps=self.step,
+            tokens=self.tokens,
+            interrupted=signals.caught if cut_short else None,
+        )
 
     def evaluate(self) -> float:
         """Mean held-out loss over at most eval.sequences sequences (nats a token)."""
@@ -214,8 +224,9 @@ class Trainer:
         )
 
     def save_final(self) -> Path:
-        """Write run_dir/final: the trained model as a Hugging Face directory."""
-        return save_model(self.model, self.run_dir / "final", tokenizer_from=self.source)
+        """Write run_dir/final: the trained model as a Hugging Face directory. Signals wait until it is there."""
+        with _Signals():
+            return save_model(self.model, self.run_dir / "final", tokenizer_from=self.source)
 
     def _check_finite(self, row: Row) -> None:
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
@@ -229,11 +240,16 @@ def _due(step: int, every: int, first: bool = False) -> bool:
     return every > 0 and (step % every == 0 or (first and step == 1))
 
 
+# A supervisor may signal a process and its group, a terminal twice: what follows this soon is the same request.
+_ONE_INTENT_SECONDS = 2.0
+
+
 class _Signals:
     """While open, SIGTERM and SIGINT only set `caught`, so that the step under way is finished and saved."""
 
     def __init__(self) -> None:
         self.caught: str | None = None
+        self._since = 0.0
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
@@ -245,8 +261,12 @@ class _Signals:
         return self
 
     def _catch(self, number: int, frame: Any) -> None:
-        self.caught = signal.Signals(number).name
-        self._restore()
+        now = time.monotonic()
+        if self.caught is None:
+            self.caught, self._since = signal.Signals(number).name, now
+        elif now - self._since > _ONE_INTENT_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._old.items():

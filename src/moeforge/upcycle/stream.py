@@ -20,6 +20,7 @@ from moeforge.checkpoint import Checkpoint, ShardWriter, canonical_shapes, check
 from moeforge.checkpoint.writer import SHARD_BYTES, interrupted_job, partial_directory
 from moeforge.config.model import ModelConfig
 from moeforge.errors import UserError
+from moeforge.heap import return_freed_memory
 from moeforge.upcycle.config import UpcycleConfig
 from moeforge.upcycle.memory import PeakAnonymous
 from moeforge.upcycle.methods import FFN, make_expert, make_router
@@ -60,6 +61,7 @@ def upcycle(
     interrupted run with other arguments; RunError where the disk is too small or gets full.
     """
     begin = time.monotonic()
+    return_freed_memory()
     donors = (source,) if isinstance(source, Checkpoint) else tuple(source)
     out = Path(out)
     with PeakAnonymous() as memory:

@@ -70,3 +70,9 @@ def test_optional_values_may_be_absent() -> None:
     assert (
         ModelConfig.from_dict({**config.to_dict(), "sliding_window": None, "moe": None, "bos_token_id": None}) == config
     )
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_are_at_least_one(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} = 0: must be at least 1"):
+        ModelConfig(**{**SIZES, name: 0})

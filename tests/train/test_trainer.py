@@ -407,6 +407,22 @@ def test_a_refused_run_leaves_no_directory(source: Source, make_config: Make, tm
     assert not (tmp_path / "deep").exists()
 
 
+def test_a_refused_run_takes_nothing_with_it(
+    source: Source, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies beside the run's directory by then, a token cache say, is not the refusal's to remove."""
+    cache = tmp_path / "runs" / "cache"
+    config = make_config(source(), run={"dir": str(tmp_path / "runs" / "one")}, data={"cache_dir": str(cache)})
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise UserError("no model")
+
+    monkeypatch.setattr("moeforge.train.run.load_model", fail)
+    with pytest.raises(UserError, match="no model"):
+        prepare(config)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["cache"] and any(cache.glob("*/meta.json"))
+
+
 def test_a_result_without_metrics_is_still_written(source: Source, make_config: Make, tmp_path: Path) -> None:
     config = make_config(source())
     trainer = prepare(config)

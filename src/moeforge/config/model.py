@@ -105,6 +105,9 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)}: must be at least 1")
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"num_heads = {self.num_heads}: must be a multiple of num_kv_heads ({self.num_kv_heads})")
 

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +64,19 @@ def _lock(run_dir: Path) -> FileLock:
 
 
 @contextmanager
-def _made(directory: Path) -> Iterator[None]:
-    """Make a directory; if the block fails and it was not there before, it goes again."""
-    missing = [path for path in (directory, *directory.parents) if not path.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
+def _locked(run_dir: Path) -> Iterator[FileLock]:
+    """Make and lock the run's directory; if the block fails, what this call made and nobody filled goes again."""
+    missing = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = _lock(run_dir)
     try:
-        yield
+        yield lock
     except BaseException:
         if missing:
-            shutil.rmtree(missing[-1], ignore_errors=True)
+            with suppress(OSError):  # not empty: a cache, another run, something written whole
+                (run_dir / ".lock").unlink(missing_ok=True)
+                for path in missing:
+                    path.rmdir()
         raise
 
 
@@ -95,8 +99,7 @@ def prepare(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(config.run.deterministic)
     run_dir = Path(config.run.dir)
-    with _made(run_dir):
-        lock = _lock(run_dir)
+    with _locked(run_dir) as lock:
         if finished(config, resume):
             raise UserError(f"run.dir = {run_dir}: another process has just finished this run; its result is there")
         resumed = find_resume(config, resume)

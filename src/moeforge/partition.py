@@ -15,7 +15,7 @@ Range = tuple[int, int]
 def partition(
     units: int,
     ranks: int,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[Fraction | float] | None = None,
     carry: Sequence[Fraction | float] | None = None,
 ) -> tuple[tuple[Range, ...], tuple[Fraction, ...]]:
     """Divides `units` into `ranks` contiguous ranges, sized after `weights` (None: equal), by largest

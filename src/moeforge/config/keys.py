@@ -98,7 +98,8 @@ def _allowed(field: dict[str, Any], name: str) -> str:
             return "a string" if field.get("minLength", 0) == 0 else "a non-empty string"
         case "array":
             if "$ref" not in field["items"]:
-                return "a list of strings"
+                each = _allowed(field["items"], name)
+                return "a list of strings" if each.endswith("string") else f"a list, each {each}"
             return f"a {'non-empty ' if field.get('minItems') else ''}list of tables ([[{name}]])"
         case kind:
             return f"{'an integer' if kind == 'integer' else 'a number'}{_bounds(field)}"

@@ -7,27 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-def refuse(key: str, value: object, reason: str) -> PydanticCustomError:
-    """The error of a check over several keys; `toml.py` prints it as one line."""
-    return PydanticCustomError("check", "{line}", {"line": f"{key} = {value}: {reason}"})
-
-
-class Section(BaseModel):
-    """Frozen, strict (no numbers in quotes), finite, and without unknown keys."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+from moeforge.config.parallel import ParallelSection
+from moeforge.config.section import Count, CountOrZero, Decay, NonNegative, Positive, Section, Share, Text, refuse
 
 
 class RunSection(Section):
@@ -216,79 +199,6 @@ class CheckpointSection(Section):
     keep: Count = Field(default=2, description="Newest checkpoints to keep.")
 
 
-class ParallelSection(Section):
-    """How the processes that torchrun starts share the work; ignored parts of it in one process."""
-
-    pp: Count = Field(default=1, description="Pipeline stages in a row (ranks along the layers).")
-    dp: CountOrZero = Field(default=0, description="Replicas that read other sequences; 0 = what pp and tp leave.")
-    tp: Count = Field(default=1, description="Ranks that share each layer (tensor and sequence parallel); any number.")
-    expert_mode: Literal["edp", "ep", "etp", "custom"] = Field(
-        default="edp",
-        description="Where experts live: edp = whole, spread over the tp ranks (ep = tp, etp = 1); ep = over all "
-        "dp x tp ranks of a stage; etp = over the dp ranks, each cut into tp column slices; custom = as parallel.ep "
-        "and parallel.etp say.",
-    )
-    ep: CountOrZero = Field(
-        default=0, description='Ranks that experts are spread over; only with expert_mode = "custom".'
-    )
-    etp: CountOrZero = Field(
-        default=0,
-        description='Column slices of each expert; only with expert_mode = "custom". ep x etp divides dp x tp.',
-    )
-    tp_weights: tuple[NonNegative, ...] = Field(
-        default=(), description="Relative share of each tp rank, for unequal GPUs; empty = equal."
-    )
-    schedule: Literal["1f1b", "interleaved-1f1b", "zero-bubble", "zbv"] = Field(
-        default="1f1b", description="Order of forward and backward passes in the pipeline."
-    )
-    chunks: Count = Field(
-        default=1, description="Stages each pipeline rank holds: 2 for zbv, 2 or more for interleaved-1f1b, 1 for 1f1b."
-    )
-    stages: tuple[NonNegative, ...] = Field(
-        default=(),
-        description="Layers of each of the pp x chunks stages, in multiples of 0.5 (a boundary between attention and "
-        "feed-forward); empty = as even as whole layers allow. Embedding on the first, head on the last stage.",
-    )
-    recompute_layers: tuple[CountOrZero, ...] = Field(
-        default=(),
-        description="How many layers each stage recomputes in its backward pass, counted from its first; "
-        "empty = model.recompute.",
-    )
-    zero: bool = Field(
-        default=True, description="ZeRO-1: divide master weights and moments over ranks with the same weights."
-    )
-    dispatcher: Literal["auto", "alltoall", "allgather"] = Field(
-        default="auto",
-        description="How tokens travel: to the ranks of their experts, or all to all ranks of the expert block.",
-    )
-    overlap_chunks: Count = Field(
-        default=1,
-        description="Pieces a micro-batch is cut into, one travelling while another is computed; 1 = no overlap.",
-    )
-    hang_timeout_seconds: Positive = Field(
-        default=600.0, description="Without progress for so long, a run names the rank it waits for and ends."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> ParallelSection:
-        custom = self.expert_mode == "custom"
-        for key in ("ep", "etp"):
-            value = getattr(self, key)
-            if custom and value == 0:
-                raise refuse(key, value, 'must be at least 1 with expert_mode = "custom"')
-            if not custom and value:
-                raise refuse(key, value, f'must be absent with expert_mode = "{self.expert_mode}", which decides it')
-        if self.tp_weights and len(self.tp_weights) != self.tp:
-            raise refuse(
-                "tp_weights", list(self.tp_weights), f"must have one number for each of the {self.tp} tp ranks"
-            )
-        if self.tp_weights and not any(self.tp_weights):
-            raise refuse("tp_weights", list(self.tp_weights), "must not all be 0")
-        if self.dispatcher == "allgather" and self.overlap_chunks > 1:
-            raise refuse("overlap_chunks", self.overlap_chunks, 'must be 1 with dispatcher = "allgather"')
-        return self
-
-
 class TrainConfig(Section):
     """The whole training file."""
 
@@ -311,9 +221,8 @@ class TrainConfig(Section):
             reason = f"must divide train.batch_sequences ({batch})"
             raise refuse("train.micro_batch_sequences", micro, reason)
         if self.parallel.recompute_layers and self.model.recompute != "none":
-            raise refuse(
-                "parallel.recompute_layers", list(self.parallel.recompute_layers), "needs model.recompute = none"
-            )
+            reason = 'must be empty unless model.recompute = "none"'
+            raise refuse("parallel.recompute_layers", list(self.parallel.recompute_layers), reason)
         if micro % group:
             reason = f"must be a multiple of router.group_sequences ({group})"
             raise refuse("train.micro_batch_sequences", micro, reason)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 
 from moeforge.errors import UserError
 from moeforge.layout.layout import ExpertShard, Layout, Shard, Stage
 from moeforge.layout.schedule import require_schedule
 from moeforge.layout.shape import FFN_BLOCK, ModelShape
-from moeforge.layout.units import resolve_recompute, unit_names
+from moeforge.layout.units import ENDS, resolve_recompute, unit_names
 from moeforge.partition import Range, partition
 
 
@@ -26,14 +27,15 @@ def build_layout(
     schedule: str = "1f1b",
     chunks: int = 1,
     recompute: str | Sequence[str] = "none",
-    recompute_layers: Sequence[int] = (),
+    recompute_layers: Sequence[int] | None = None,
 ) -> Layout:
     """Splits `config` over pp * dp * tp processes; sizes need not divide.
 
-    Attention goes by whole KV groups, dense feed-forwards by blocks of 16 columns and the vocabulary by rows over the
-    tp ranks, after `weights` (equal if None); experts over ep ranks (None: tp, which is EDP) and their columns over
-    etp ranks. `stages` are the layers of each of the pp * chunks stages in multiples of a half (one residual unit),
-    as even as whole layers allow if None; the embedding goes to the first, the head to the last. `recompute` as in
+    Attention goes by whole KV groups, dense feed-forwards by columns and the vocabulary by rows over the tp ranks,
+    after `weights` (equal if None); experts over ep ranks (None: tp, which is EDP) and their columns over etp ranks,
+    after the weights of the ranks that hold them. Columns move in blocks of 16 where there is a block for every rank.
+    `stages` are the layers of each of the pp * chunks stages in multiples of a half (one residual unit), as even as
+    whole layers allow if None; the embedding goes to the first, the head to the last. `recompute` as in
     `resolve_recompute`, or `recompute_layers`: how many of its layers, from its first, each stage recomputes.
 
     Raises UserError naming the key of [parallel] for what does not fit.
@@ -41,33 +43,24 @@ def build_layout(
     ep = tp if ep is None else ep
     if dp * tp % (ep * etp):
         raise UserError(f"parallel.ep x etp = {ep} x {etp}: must divide dp x tp = {dp} x {tp}")
-    if config.moe is not None and ep > config.moe.num_experts:
-        raise UserError(f"parallel.ep = {ep}: must be at most the number of experts ({config.moe.num_experts})")
     count = pp * chunks
     require_schedule(schedule, count, pp)
-    if config.num_layers < count and stages is None:
-        raise UserError(
-            f"parallel.pp x chunks = {pp} x {chunks}: more stages than the model's {config.num_layers} layers"
-        )
-    begins = _stage_begins(config, count, stages)
-    again = set(resolve_recompute(config, recompute))
-    names = unit_names(config)
-    made = []
-    for index, (begin, end) in enumerate(zip(begins, begins[1:], strict=False)):
-        own = names[begin:end]
-        chosen = _first_layers(own, index, recompute_layers) if recompute_layers else [n for n in own if n in again]
-        made.append(Stage(begin, end, tuple(chosen)))
-    if recompute_layers and len(recompute_layers) != count:
-        raise UserError(f"parallel.recompute_layers: must have one number for each of the {count} stages")
-    ranks, expert_ranks = _shards(config, tp, ep, etp, weights)
-    return Layout(config.fingerprint(), pp * dp * tp, pp, dp, schedule, tuple(made), ranks, ep, etp, expert_ranks)
+    made = _stages(config, _stage_begins(config, count, stages), recompute, recompute_layers)
+    ranks = _shards(config, tp, weights)
+    block = _expert_shards(config, dp * tp, ep, etp, weights)
+    return Layout(config.fingerprint(), pp * dp * tp, pp, dp, schedule, made, ranks, ep, etp, block)
 
 
 def _stage_begins(config: ModelShape, count: int, stages: Sequence[float] | None) -> list[int]:
     """First unit of every stage, and one past the last."""
     if stages is None:
+        if count > config.num_layers:
+            raise UserError(
+                f"parallel.pp x chunks = {count}: must be at most the model's {config.num_layers} layers, unless "
+                "parallel.stages says what each stage holds"
+            )
         stages = [end - begin for begin, end in partition(config.num_layers, count)[0]]
-    shown = ", ".join(f"{layers:g}" for layers in stages)
+    shown = _show(stages)
     if len(stages) != count:
         raise UserError(f"parallel.stages = {shown}: must have one number for each of the {count} stages")
     if any(layers < 0 or layers * 2 != int(layers * 2) for layers in stages):
@@ -84,52 +77,82 @@ def _stage_begins(config: ModelShape, count: int, stages: Sequence[float] | None
     return begins
 
 
-def _first_layers(own: Sequence[str], stage: int, counts: Sequence[int]) -> list[str]:
-    layers = dict.fromkeys(name.rpartition(".")[0] for name in own if name.startswith("layers."))
-    wanted = counts[stage] if stage < len(counts) else 0
+def _stages(
+    config: ModelShape, begins: Sequence[int], recompute: str | Sequence[str], layers: Sequence[int] | None
+) -> tuple[Stage, ...]:
+    names, again = unit_names(config), set(resolve_recompute(config, recompute))
+    spans = list(pairwise(begins))
+    if layers is not None:
+        if len(layers) != len(spans):
+            raise UserError(
+                f"parallel.recompute_layers = {_show(layers)}: must have one number for each of the {len(spans)} stages"
+            )
+        again = {name for i, (begin, end) in enumerate(spans) for name in _first_layers(names[begin:end], i, layers[i])}
+    return tuple(Stage(begin, end, tuple(n for n in names[begin:end] if n in again)) for begin, end in spans)
+
+
+def _first_layers(own: Sequence[str], stage: int, wanted: int) -> list[str]:
+    """The units of a stage's first layers, of which the first and the last may be halves."""
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in own if name not in ENDS))
     if not 0 <= wanted <= len(layers):
-        raise UserError(f"parallel.recompute_layers.{stage} = {wanted}: must be 0 to {len(layers)}, the stage's layers")
-    chosen = set(list(layers)[:wanted])
-    return [name for name in own if name.rpartition(".")[0] in chosen]
+        raise UserError(
+            f"parallel.recompute_layers.{stage} = {wanted}: must be 0 to {len(layers)}, the stage's number of layers"
+        )
+    return [name for name in own if name.rpartition(".")[0] in layers[:wanted]]
 
 
-def _shards(
-    config: ModelShape, tp: int, ep: int, etp: int, weights: Sequence[float] | None
-) -> tuple[tuple[Shard, ...], tuple[ExpertShard, ...]]:
+def _shards(config: ModelShape, tp: int, weights: Sequence[float] | None) -> tuple[Shard, ...]:
     groups, columns = _Rotation(tp, weights), _Rotation(tp, weights)
-    experts, expert_columns = (
-        _Rotation(ep, weights if ep == tp else None),
-        _Rotation(etp, weights if etp == tp else None),
-    )
-    kv, dense, held, widths = [], [], [], []
+    kv, dense = [], []
     for layer in range(config.num_layers):
         kv.append(groups.next(config.num_kv_heads))
-        if config.moe is not None and config.is_moe_layer(layer):
-            dense.append(((0, 0),) * tp)
-            held.append(experts.next(config.moe.num_experts))
-            widths.append(expert_columns.next(config.moe.expert_size, FFN_BLOCK))
-        else:
-            dense.append(columns.next(config.ffn_size, FFN_BLOCK))
-            held.append(((0, 0),) * ep)
-            widths.append(((0, 0),) * etp)
+        routed = config.is_moe_layer(layer)
+        dense.append(_NOTHING * tp if routed else columns.next(config.ffn_size, FFN_BLOCK))
     rows = partition(config.vocab_size, tp, weights)[0]
+    return tuple(Shard(_of(rank, kv), _of(rank, dense), rows[rank]) for rank in range(tp))
 
-    def of(rank: int, by_layer: list[tuple[Range, ...]]) -> tuple[Range, ...]:
-        return tuple(layer[rank] for layer in by_layer)
 
-    ranks = tuple(Shard(of(rank, kv), of(rank, dense), rows[rank]) for rank in range(tp))
-    block = tuple(ExpertShard(of(i, held), of(j, widths)) for i in range(ep) for j in range(etp))
-    return ranks, block
+def _expert_shards(
+    config: ModelShape, ranks: int, ep: int, etp: int, weights: Sequence[float] | None
+) -> tuple[ExpertShard, ...]:
+    experts_weights: list[Fraction] | None = None
+    columns_weights: list[Fraction] | None = None
+    if weights is not None:
+        experts_weights, columns_weights = [Fraction(0)] * ep, [Fraction(0)] * etp
+        for rank in range(ranks):  # the ranks of a stage that hold the same experts, or columns, weigh together
+            weight = Fraction(weights[rank % len(weights)])
+            experts_weights[rank // etp % ep] += weight
+            columns_weights[rank % etp] += weight
+    experts, columns = _Rotation(ep, experts_weights), _Rotation(etp, columns_weights)
+    held, widths = [], []
+    for layer in range(config.num_layers):
+        moe = config.moe if config.is_moe_layer(layer) else None
+        held.append(experts.next(moe.num_experts) if moe else _NOTHING * ep)
+        widths.append(columns.next(moe.expert_size, FFN_BLOCK) if moe else _NOTHING * etp)
+    return tuple(ExpertShard(_of(i, held), _of(j, widths)) for i in range(ep) for j in range(etp))
+
+
+_NOTHING: tuple[Range, ...] = ((0, 0),)
+
+
+def _of(rank: int, by_layer: Sequence[tuple[Range, ...]]) -> tuple[Range, ...]:
+    return tuple(layer[rank] for layer in by_layer)
+
+
+def _show(numbers: Sequence[float]) -> str:
+    return f"[{', '.join(f'{number:g}' for number in numbers)}]"
 
 
 class _Rotation:
     """Successive partitions over the same ranks, the remainder carried from one to the next."""
 
-    def __init__(self, ranks: int, weights: Sequence[float] | None) -> None:
+    def __init__(self, ranks: int, weights: Sequence[Fraction | float] | None) -> None:
         self.ranks, self.weights = ranks, weights
         self.carry: tuple[Fraction, ...] | None = None
 
     def next(self, size: int, block: int = 1) -> tuple[Range, ...]:
-        """Ranges over `size` whose inner boundaries are multiples of `block`."""
+        """Ranges over `size` whose inner boundaries are multiples of `block`, if it has a block for every rank."""
+        if size < block * self.ranks:
+            block = 1
         ranges, self.carry = partition(-(-size // block), self.ranks, self.weights, self.carry)
         return tuple((min(begin * block, size), min(end * block, size)) for begin, end in ranges)

@@ -33,8 +33,11 @@ def check_layout(layout: Layout, config: ModelShape, world_size: int) -> None:
     ):
         for index, shard in enumerate(shards):
             for key in keys:
-                if len(getattr(shard, key)) != config.num_layers:
-                    raise UserError(f"layout {what}.{index}.{key}: must have {config.num_layers} layers")
+                if (count := len(getattr(shard, key))) != config.num_layers:
+                    raise UserError(
+                        f"layout {what}.{index}.{key}: has {count} ranges, must have one for each of the "
+                        f"{config.num_layers} layers"
+                    )
     for layer in range(config.num_layers):
         _check_layer(layout, config, layer)
 
@@ -44,7 +47,7 @@ def _check_sizes(layout: Layout) -> None:
         if getattr(layout, key) < 1:
             raise UserError(f"layout {key} = {getattr(layout, key)}: must be at least 1")
     if not layout.ranks:
-        raise UserError("layout ranks: must have at least one tensor-parallel rank")
+        raise UserError("layout ranks = []: must have an entry for each tensor-parallel rank")
     if (size := layout.pp * layout.dp * layout.tp) != layout.world_size:
         raise UserError(
             f"layout world_size = {layout.world_size}: must be pp x dp x tp = {layout.pp} x {layout.dp} x {layout.tp} "
@@ -55,8 +58,8 @@ def _check_sizes(layout: Layout) -> None:
         raise UserError(
             f"layout ep x etp = {layout.ep} x {layout.etp}: must divide dp x tp = {layout.dp} x {layout.tp}"
         )
-    if len(layout.expert_ranks) != block:
-        raise UserError(f"layout expert_ranks: must have ep x etp = {block} entries, not {len(layout.expert_ranks)}")
+    if (entries := len(layout.expert_ranks)) != block:
+        raise UserError(f"layout expert_ranks: has {entries} entries, must have ep x etp = {block}")
 
 
 def _check_stages(layout: Layout, config: ModelShape) -> None:
@@ -71,37 +74,47 @@ def _check_stages(layout: Layout, config: ModelShape) -> None:
 
 def _check_layer(layout: Layout, config: ModelShape, layer: int) -> None:
     _check_cover(f"kv_groups of layer {layer}", [s.kv_groups[layer] for s in layout.ranks], config.num_kv_heads)
-    routed = config.moe is not None and config.is_moe_layer(layer)
+    moe = config.moe if config.is_moe_layer(layer) else None
     columns = [shard.ffn_columns[layer] for shard in layout.ranks]
-    if not routed:
+    if moe is None:
         _check_cover(f"ffn_columns of layer {layer}", columns, config.ffn_size)
-        held = [each for shard in layout.expert_ranks for each in (shard.experts[layer], shard.columns[layer])]
-        if any(each != (0, 0) for each in held):
-            raise UserError(f"layout expert_ranks of layer {layer}: must be (0, 0), the layer is dense")
+        for what in ("experts", "columns"):
+            _check_nothing(what, layer, "dense", [getattr(shard, what)[layer] for shard in layout.expert_ranks])
         return
-    assert config.moe is not None
-    if any(each != (0, 0) for each in columns):
-        raise UserError(f"layout ffn_columns of layer {layer}: must be (0, 0), the layer is routed")
-    etp, shards = layout.etp, layout.expert_ranks
-    _check_cover(f"experts of layer {layer}", [s.experts[layer] for s in shards[::etp]], config.moe.num_experts)
-    _check_cover(f"columns of layer {layer}", [s.columns[layer] for s in shards[:etp]], config.moe.expert_size)
+    _check_nothing("ffn_columns", layer, "routed", columns)
+    shards = layout.expert_ranks
+    _check_cover(f"experts of layer {layer}", [s.experts[layer] for s in shards[:: layout.etp]], moe.num_experts)
+    _check_cover(f"columns of layer {layer}", [s.columns[layer] for s in shards[: layout.etp]], moe.expert_size)
     for index, shard in enumerate(shards):
-        first_of_row, first_of_column = shards[index - index % etp], shards[index % etp]
-        if (
-            shard.experts[layer] != first_of_row.experts[layer]
-            or shard.columns[layer] != first_of_column.columns[layer]
+        ep, etp = divmod(index, layout.etp)
+        for what, same, rank, wanted in (
+            ("experts", "ep", ep, shards[ep * layout.etp].experts[layer]),
+            ("columns", "etp", etp, shards[etp].columns[layer]),
         ):
+            if (found := getattr(shard, what)[layer]) != wanted:
+                raise UserError(
+                    f"layout expert_ranks.{index}.{what}.{layer} = {_show(found)}: must be {_show(wanted)}, as on all "
+                    f"ranks with {same} rank {rank}"
+                )
+
+
+def _check_nothing(what: str, layer: int, kind: str, ranges: Sequence[Range]) -> None:
+    for index, found in enumerate(ranges):
+        if found != (0, 0):
             raise UserError(
-                f"layout expert_ranks.{index} of layer {layer}: the experts may differ only between ep ranks, the "
-                "columns only between etp ranks"
+                f"layout {what} of layer {layer}, rank {index} = {_show(found)}: must be [0, 0], the layer is {kind}"
             )
+
+
+def _show(span: Range) -> str:
+    return f"[{span[0]}, {span[1]}]"
 
 
 def _check_cover(what: str, ranges: Sequence[Range], size: int) -> None:
     position = 0
     for begin, end in ranges:
         if begin != position or end < begin:
-            raise UserError(f"layout {what}: range {begin}..{end} does not continue at {position}")
+            raise UserError(f"layout {what}: range [{begin}, {end}] must begin at {position}, and not end before it")
         position = end
     if position != size:
-        raise UserError(f"layout {what}: end at {position}, must end at {size}")
+        raise UserError(f"layout {what}: the last range ends at {position}, must end at {size}")

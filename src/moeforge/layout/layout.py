@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ class Layout:
     expert_ranks: tuple[ExpertShard, ...]
 
     @classmethod
-    def single(cls, config: ModelShape, recompute: str | tuple[str, ...] = "none") -> Layout:
+    def single(cls, config: ModelShape, recompute: str | Sequence[str] = "none") -> Layout:
         """One process holds everything. `recompute` as in `resolve_recompute`."""
         from moeforge.layout.build import build_layout
 
@@ -103,7 +104,7 @@ class Layout:
 
     def stages_of(self, pp_rank: int) -> tuple[int, ...]:
         """The stages of a pipeline rank: every pp-th, or for zbv one on the way down and one on the way up."""
-        if self.schedule == "zbv" and self.chunks == 2:
+        if self.schedule == "zbv":
             return pp_rank, 2 * self.pp - 1 - pp_rank
         return tuple(range(pp_rank, len(self.stages), self.pp))
 

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from moeforge.errors import UserError
 
-SCHEDULES = ("1f1b", "interleaved-1f1b", "zero-bubble", "zbv")
+SCHEDULES: dict[str, tuple[int, int | None]] = {
+    "1f1b": (1, 1),
+    "interleaved-1f1b": (2, None),
+    "zero-bubble": (1, None),
+    "zbv": (2, 2),
+}
+"""Least and largest number of stages that a pipeline rank may hold."""
 
 
 def require_schedule(schedule: str, stages: int, pp: int, micro_batches: int | None = None) -> None:
-    """Raise UserError, naming the key, for stage or micro-batch counts that `schedule` cannot run.
+    """Raises UserError, naming the key, for stage or micro-batch counts that `schedule` cannot run.
 
     1f1b takes one stage a rank and at least as many micro-batches as stages; interleaved-1f1b two stages a rank or
-    more and zero-bubble (ZB-H1, or interleaved with more) any number, with micro-batches in rounds of about pp that
-    are equally long; zbv (Qi et al., 2024) exactly two stages a rank.
+    more, zero-bubble (ZB-H1, or interleaved) any number, both with micro-batches in equal rounds of about pp; zbv (Qi
+    et al., 2024) two stages a rank. Without `micro_batches` only the stages are looked at.
     """
     if schedule not in SCHEDULES:
         raise UserError(f'parallel.schedule = "{schedule}": must be one of {", ".join(SCHEDULES)}')
-    chunks = stages // pp
-    allowed = {"1f1b": "1", "interleaved-1f1b": "at least 2", "zero-bubble": "at least 1", "zbv": "2"}[schedule]
-    fits = {"1f1b": chunks == 1, "interleaved-1f1b": chunks >= 2 or pp == 1, "zero-bubble": True}
-    if stages % pp or chunks < 1 or not fits.get(schedule, chunks == 2 or pp == 1):
+    least, most = SCHEDULES[schedule]
+    if stages % pp or not least <= stages // pp <= (most or stages):
+        chunks = f"{least}" if least == most else f"{least} or more"
         raise UserError(
-            f'parallel.schedule = "{schedule}": takes {allowed} stages a rank, but there are {stages} stages on '
-            f"{pp} pipeline ranks"
+            f'parallel.schedule = "{schedule}": takes {chunks} stages a rank, but there are {stages} stages on {pp} '
+            "pipeline ranks; set parallel.chunks"
         )
     if micro_batches is None or pp == 1:
         return
@@ -35,5 +40,5 @@ def require_schedule(schedule: str, stages: int, pp: int, micro_batches: int | N
     if schedule in ("interleaved-1f1b", "zero-bubble") and micro_batches % rounds:
         raise UserError(
             f'parallel.schedule = "{schedule}": needs fewer micro-batches than {2 * pp}, or a number that '
-            f"{rounds} rounds divide, but a step has {micro_batches}; a multiple of parallel.pp ({pp}) always fits"
+            f"{rounds} rounds divide, but a step has {micro_batches}; any multiple of parallel.pp ({pp}) fits"
         )

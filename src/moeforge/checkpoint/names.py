@@ -58,54 +58,96 @@ def canonical_shapes(config: ModelConfig) -> dict[str, Shape]:
     return shapes
 
 
-def fuse(config: ModelConfig, tensor: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (in-memory name, weight) for the whole model, one weight at a time.
+_RENAMED = {
+    "attention.norm.weight": "input_layernorm.weight",
+    "attention.q_norm.weight": "self_attn.q_norm.weight",
+    "attention.k_norm.weight": "self_attn.k_norm.weight",
+    "attention.o.weight": "self_attn.o_proj.weight",
+    "attention.o.bias": "self_attn.o_proj.bias",
+    "ffn.norm.weight": "post_attention_layernorm.weight",
+    "ffn.router.weight": "block_sparse_moe.gate.weight",
+    "ffn.router.bias": "block_sparse_moe.gate.bias",
+    "ffn.router.scale": "block_sparse_moe.gate.scale",
+    "ffn.w2.weight": "mlp.down_proj.weight",
+}
+_ENDS = {"embed.weight": EMBED, "head.norm.weight": "model.norm.weight", "head.weight": HEAD}
 
-    `tensor` gives the weight of a canonical name. Rows of q, k and v are regrouped by KV group: a group's
-    query heads, its key head, its value head. Fused weights are new tensors, others what `tensor` returned.
-    """
+
+def fused_names(config: ModelConfig) -> Iterator[str]:
+    """Every in-memory name of this model, in the order of its units."""
     c = config
-    yield "embed.weight", tensor(EMBED)
+    yield "embed.weight"
     for i in range(c.num_layers):
-        source, attention, ffn = f"model.layers.{i}", f"layers.{i}.attention", f"layers.{i}.ffn"
-        yield f"{attention}.norm.weight", tensor(f"{source}.input_layernorm.weight")
-        for kind in ("weight", "bias") if c.qkv_bias else ("weight",):
-            parts = (tensor(f"{source}.self_attn.{part}_proj.{kind}") for part in "qkv")
-            grouped = [part.unflatten(0, (c.num_kv_heads, -1)) for part in parts]
-            yield f"{attention}.qkv.{kind}", torch.cat(grouped, dim=1).flatten(0, 1)
+        attention, ffn = f"layers.{i}.attention", f"layers.{i}.ffn"
+        yield f"{attention}.norm.weight"
+        yield f"{attention}.qkv.weight"
+        if c.qkv_bias:
+            yield f"{attention}.qkv.bias"
         if c.qk_norm != "none":
-            yield f"{attention}.q_norm.weight", tensor(f"{source}.self_attn.q_norm.weight")
-            yield f"{attention}.k_norm.weight", tensor(f"{source}.self_attn.k_norm.weight")
-        yield f"{attention}.o.weight", tensor(f"{source}.self_attn.o_proj.weight")
+            yield f"{attention}.q_norm.weight"
+            yield f"{attention}.k_norm.weight"
+        yield f"{attention}.o.weight"
         if c.output_bias:
-            yield f"{attention}.o.bias", tensor(f"{source}.self_attn.o_proj.bias")
-        yield f"{ffn}.norm.weight", tensor(f"{source}.post_attention_layernorm.weight")
+            yield f"{attention}.o.bias"
+        yield f"{ffn}.norm.weight"
         if c.moe is not None and c.is_moe_layer(i):
-            block = f"{source}.block_sparse_moe"
-            yield f"{ffn}.router.weight", tensor(f"{block}.gate.weight")
+            yield f"{ffn}.router.weight"
             if c.moe.router_bias:
-                yield f"{ffn}.router.bias", tensor(f"{block}.gate.bias")
+                yield f"{ffn}.router.bias"
             if c.moe.gate_norm_learned:
-                yield f"{ffn}.router.scale", tensor(f"{block}.gate.scale")
-            yield f"{ffn}.experts.w13", _stack_experts(c.moe.num_experts, block, ("w1", "w3"), tensor)
-            yield f"{ffn}.experts.w2", _stack_experts(c.moe.num_experts, block, ("w2",), tensor)
+                yield f"{ffn}.router.scale"
+            yield f"{ffn}.experts.w13"
+            yield f"{ffn}.experts.w2"
         else:
-            gate, up = (tensor(f"{source}.mlp.{part}_proj.weight") for part in ("gate", "up"))
-            yield f"{ffn}.w13.weight", torch.cat((gate, up))
-            yield f"{ffn}.w2.weight", tensor(f"{source}.mlp.down_proj.weight")
-    yield "head.norm.weight", tensor("model.norm.weight")
+            yield f"{ffn}.w13.weight"
+            yield f"{ffn}.w2.weight"
+    yield "head.norm.weight"
     if not c.tie_embeddings:
-        yield "head.weight", tensor(HEAD)
+        yield "head.weight"
 
 
-def _stack_experts(count: int, block: str, parts: tuple[str, ...], tensor: Callable[[str], Tensor]) -> Tensor:
-    """[E, rows of all parts, columns], filled one expert at a time."""
+def fused_weight(
+    config: ModelConfig, name: str, tensor: Callable[[str], Tensor], experts: tuple[int, int] | None = None
+) -> Tensor:
+    """The weight of an in-memory name; `tensor` gives the weight of a canonical one.
+
+    Rows of q, k and v are regrouped by KV group: a group's query heads, its key head, its value head. Of stacked
+    experts only those of the range `experts` (None: all) are asked for. Fused weights are new tensors, others what
+    `tensor` returned.
+    """
+    if name in _ENDS:
+        return tensor(_ENDS[name])
+    _, layer, part = name.split(".", 2)
+    source = f"model.layers.{layer}"
+    if part in _RENAMED:
+        return tensor(f"{source}.{_RENAMED[part]}")
+    if part.startswith("attention.qkv."):
+        kind = part.removeprefix("attention.qkv.")
+        parts = (tensor(f"{source}.self_attn.{letter}_proj.{kind}") for letter in "qkv")
+        grouped = [rows.unflatten(0, (config.num_kv_heads, -1)) for rows in parts]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+    if part == "ffn.w13.weight":
+        return torch.cat([tensor(f"{source}.mlp.{half}_proj.weight") for half in ("gate", "up")])
+    assert config.moe is not None, name
+    parts_of_one = {"ffn.experts.w13": ("w1", "w3"), "ffn.experts.w2": ("w2",)}[part]
+    begin, end = experts or (0, config.moe.num_experts)
+    return _stack_experts(range(begin, end), f"{source}.block_sparse_moe", parts_of_one, tensor)
+
+
+def fuse(config: ModelConfig, tensor: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (in-memory name, weight) for the whole model, one weight at a time, as `fused_weight` makes it."""
+    for name in fused_names(config):
+        yield name, fused_weight(config, name, tensor)
+
+
+def _stack_experts(experts: range, block: str, parts: tuple[str, ...], tensor: Callable[[str], Tensor]) -> Tensor:
+    """[e, rows of all parts, columns] of at least one expert, filled one expert at a time."""
     stacked: Tensor | None = None
-    for e in range(count):
+    for index, e in enumerate(experts):
         expert = [tensor(f"{block}.experts.{e}.{part}.weight") for part in parts]
         if stacked is None:
-            stacked = expert[0].new_empty(count, sum(len(part) for part in expert), expert[0].shape[1])
-        torch.cat(expert, out=stacked[e])
+            stacked = expert[0].new_empty(len(experts), sum(len(part) for part in expert), expert[0].shape[1])
+        torch.cat(expert, out=stacked[index])
     assert stacked is not None
     return stacked
 

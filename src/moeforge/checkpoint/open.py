@@ -48,6 +48,10 @@ def _open_directory(path: Path) -> Checkpoint:
     if not (path / "config.json").is_file():
         if len(ggufs) == 1:
             return _open_gguf(ggufs[0])
+        if (path / "trainer.json").is_file():
+            raise UserError(
+                f"{path}: a training checkpoint; `moeforge export {path} OUT` makes a model directory of it"
+            )
         raise UserError(f"{path}: no config.json: not a Hugging Face model directory, or half-downloaded")
     hf = _read_json(path / "config.json")
     source = _directory_source(path)

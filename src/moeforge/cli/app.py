@@ -28,6 +28,7 @@ VERBS = {
     "quickstart": "The whole way on a real model: upcycle, train, evaluate, generate, report.",
     "upcycle": "Turn a dense checkpoint into a mixture of experts.",
     "train": "Train a model from a TOML file.",
+    "export": "Make a model directory of a training checkpoint.",
     "eval": "Held-out loss and perplexity of a model.",
     "generate": "Continue a prompt with a model.",
     "inspect": "What a model is made of: sizes, layers, parameters total and active.",

@@ -40,6 +40,7 @@ def _child(rank: int, world_size: int, directory: Path, function: Callable[..., 
     import torch.distributed as dist
 
     torch.set_num_threads(1)  # first: a forked child hangs in the parent's OpenMP threads
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     try:
         store = dist.FileStore(str(directory / "store"), world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))

@@ -34,12 +34,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def write(seed: int = 0, moe: dict[str, Any] | None = {}, **fields: Any) -> Path:  # noqa: B006
         routed: dict[str, Any] = {"num_experts": 4, "top_k": 2, "expert_size": 48, "gate_norm": 1.0}
-        config = ModelConfig(
-            vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=48,
-            max_positions=64, eos_token_ids=(1,),
-            moe=None if moe is None else MoEConfig(**(routed | moe)),
-            **fields,
-        )  # fmt: skip
+        small: dict[str, Any] = {
+            "vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
+            "ffn_size": 48, "max_positions": 64, "eos_token_ids": (1,),
+        }  # fmt: skip
+        config = ModelConfig(**(small | fields), moe=None if moe is None else MoEConfig(**(routed | moe)))
         model = Transformer(config)
         torch.manual_seed(seed)
         model.reset_parameters(0.1)

@@ -35,7 +35,7 @@ def rows_of(run: str | Path) -> list[dict[str, Any]]:
 
 
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    return {name: p.detach().clone() for name, p in trainer.chunks[0].named_parameters()}
 
 
 def test_training_lowers_held_out_loss_and_writes_what_it_says(source: Source, make_config: Make) -> None:
@@ -55,7 +55,7 @@ def test_training_lowers_held_out_loss_and_writes_what_it_says(source: Source, m
     assert sum(distribution["sorted_mean"]) == pytest.approx(1, abs=1e-5)
     assert distribution["sorted_mean"] == sorted(distribution["sorted_mean"], reverse=True)
     final = load_model(trainer.save_final())
-    assert all(torch.equal(a, b) for a, b in zip(final.parameters(), trainer.model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(final.parameters(), trainer.chunks[0].parameters(), strict=True))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16_pure", "fp32"])
@@ -124,7 +124,7 @@ def test_a_skewed_router_is_brought_back_only_with_the_auxiliary_loss(source: So
         )  # fmt: skip
         trainer = prepare(config)
         with torch.no_grad():
-            for name, parameter in trainer.model.named_parameters():
+            for name, parameter in trainer.chunks[0].named_parameters():
                 if name.endswith("ffn.norm.weight"):
                     parameter[0] = 3.0  # a direction that all tokens share ...
                 if name.endswith("router.weight"):
@@ -132,7 +132,7 @@ def test_a_skewed_router_is_brought_back_only_with_the_auxiliary_loss(source: So
                 if name == "embed.weight":
                     parameter[:, 0] = 1.0
             for layer in range(2):
-                router = trainer.model.get_parameter(f"layers.{layer}.ffn.router.weight")
+                router = trainer.chunks[0].get_parameter(f"layers.{layer}.ffn.router.weight")
                 router[0, 0] += 1.0  # ... and that two experts answer to
                 router[1, 0] += 0.7
         trainer.balance.alpha.zero_()  # so that a rise can be seen

@@ -54,10 +54,13 @@ def ours(job: dict[str, Any], data: list[Tensor]) -> StepFunction:
     from moeforge.heap import keep_freed_memory
 
     keep_freed_memory()
-    from moeforge.checkpoint import load_model, open_checkpoint
+    from moeforge.checkpoint import open_checkpoint
     from moeforge.config.schema import TrainConfig
+    from moeforge.layout import Layout
+    from moeforge.parallel import Mesh
     from moeforge.train import Trainer
     from moeforge.train.optimizer import MODEL_DTYPE
+    from moeforge.train.run import load_chunks
 
     source = open_checkpoint(job["model"])
     config = TrainConfig.model_validate(
@@ -71,8 +74,9 @@ def ours(job: dict[str, Any], data: list[Tensor]) -> StepFunction:
         },
         strict=False,
     )
-    model = load_model(source, MODEL_DTYPE[job["precision"]])
-    trainer = Trainer(config, Path("."), model, source, _Stream(data), None)
+    mesh = Mesh.single(Layout.single(source.config), torch.device("cpu"))
+    chunks = load_chunks(source, mesh, MODEL_DTYPE[job["precision"]])
+    trainer = Trainer(config, Path("."), mesh, chunks, source, _Stream(data), None)
     return lambda _: float(trainer.train_step()["loss"])
 
 

@@ -164,7 +164,7 @@ def _human(result: dict[str, Any], units: tuple[UnitMemory, ...]) -> Group:
 def _processes(result: dict[str, Any]) -> str:
     return (
         "{world_size} processes = pp {pp} x dp {dp} x tp {tp}; experts: ep {ep} x etp {etp} x expert_dp {expert_dp}\n"
-        "schedule {schedule}, {chunks} x {pp} stages"
+        "schedule {schedule}, {chunks} stages a rank"
     ).format(**result)
 
 

@@ -16,19 +16,19 @@ def run_table(trainer: Trainer) -> Table:
     """Parameters by unit and where they live: what a run prints before its first step."""
     from rich.table import Table
 
-    model = trainer.model
-    config = trainer.config
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    total, active = model.config.parameters(), model.config.parameters(active=True)
+    model, config = trainer.model_config, trainer.config
+    dtype, device = str(trainer.dtype).removeprefix("torch."), trainer.mesh.device
+    total, active = model.parameters(), model.parameters(active=True)
+    recomputed = {name for stage in trainer.mesh.layout.stages for name in stage.recompute}
     title = (
-        f"{total:,} parameters ({active:,} active) in {dtype} on {trainer.device}, precision {config.model.precision}; "
+        f"{total:,} parameters ({active:,} active) in {dtype} on {device}, precision {config.model.precision}; "
         f"{config.train.batch_sequences} x {config.data.sequence_length} tokens a step"
     )
     table = Table(
         "units", "kind", "parameters each", "active each", "recomputed", title=title, title_justify="left", box=None
     )
-    for names, unit, members in unit_runs(describe(model.config)["units"]):
-        again = sum(name in model.recompute for name in members)
+    for names, unit, members in unit_runs(describe(model)["units"]):
+        again = sum(name in recomputed for name in members)
         table.add_row(
             names,
             unit["kind"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -51,6 +52,11 @@ class RouterRecord:
         """Assignments per expert [E] summed over the earlier micro-batches of this step."""
         start = len(SCALARS)
         return self.values[self._slot[layer], :micro_batch, start : start + self.num_experts].sum(0)
+
+    def reduce(self, over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Keep only the sums over micro-batches and, by `over_ranks`, over the ranks that recorded other tokens or
+        other layers."""
+        self.values = over_ranks(self.values.sum(1, keepdim=True))
 
     def totals(self) -> dict[str, Tensor]:
         """Sums over micro-batches: each scalar [L_moe]; `load`, `probability` (and distributions) [L_moe, E]."""

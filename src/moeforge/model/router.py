@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeforge.config.model import MoEConfig
-from moeforge.kernels import Gate, gate
+from moeforge.kernels import gate
 from moeforge.kernels.precision import widen
 from moeforge.model.context import ForwardContext, RoutingGroups
 from moeforge.model.record import AuxLoss
@@ -22,6 +22,15 @@ class Routing(NamedTuple):
     weights_TK: Tensor
     experts_TK: Tensor
     kept_TK: Tensor | None
+
+
+class Decisions(NamedTuple):
+    """What the gate found for all T tokens: probabilities [T, E], normalised and raw logits [T, E], experts [T, K]."""
+
+    probabilities: Tensor
+    logits: Tensor
+    raw: Tensor
+    experts: Tensor
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -93,16 +102,21 @@ class Router(nn.Module):
         if self.scale is not None:
             nn.init.constant_(self.scale, self.moe.gate_norm or 1.0)
 
-    def forward(self, x_TD: Tensor, context: ForwardContext) -> tuple[Tensor, Routing]:
-        """Returns x_TD (carrying the auxiliary loss's gradient) and the routing of its tokens."""
+    def forward(self, x_tD: Tensor, context: ForwardContext) -> tuple[Tensor, Routing]:
+        """Returns x_tD (carrying the auxiliary loss's gradient) and the routing of its tokens.
+
+        The gate sees a rank's own tokens; capacity, balance and statistics those of whole routing groups.
+        """
         bias = None if self.bias is None else widen(self.bias)
-        raw_TE = F.linear(widen(x_TD), widen(self.weight), bias)
+        raw_tE = F.linear(widen(x_tD), widen(self.weight), bias)
         scale: float | Tensor | None = self.moe.gate_norm if self.scale is None else widen(self.scale)
-        chosen = gate(raw_TE, self.moe.top_k, scale, self.moe.renormalize)
+        own = gate(raw_tE, self.moe.top_k, scale, self.moe.renormalize)
         groups = context.groups
         if groups is None:
-            return x_TD, Routing(chosen.weights, chosen.experts, None)
+            return x_tD, Routing(own.weights, own.experts, None)
 
+        shard = context.shard
+        chosen = Decisions(*shard.gather_tokens(own.probabilities, own.logits.detach(), raw_tE.detach(), own.experts))
         kept = None if groups.valid_T is None else groups.valid_T[:, None].expand_as(chosen.experts)
         load_nE, rank_TK = group_load(chosen.experts, self.moe.num_experts, groups)
         assignments_n = load_nE.sum(1)
@@ -112,16 +126,17 @@ class Router(nn.Module):
             kept = within.view_as(rank_TK) if kept is None else within.view_as(rank_TK) & kept
         if context.record is not None:
             overflow = (load_nE - capacity_n[:, None]).clamp_min(0).sum()
-            x_TD = self._account(x_TD, raw_TE, chosen, load_nE, overflow, context)
-        return x_TD, Routing(chosen.weights, chosen.experts, kept)
+            x_tD = self._account(x_tD, chosen, load_nE, overflow, context)
+        return x_tD, Routing(own.weights, own.experts, shard.own_kept(kept, own.experts))
 
     def _account(
-        self, x_TD: Tensor, raw_TE: Tensor, chosen: Gate, load_nE: Tensor, overflow: Tensor, context: ForwardContext
+        self, x_tD: Tensor, chosen: Decisions, load_nE: Tensor, overflow: Tensor, context: ForwardContext
     ) -> Tensor:
         """Attach the auxiliary loss and assign this micro-batch's statistics to the record."""
         record, groups = context.record, context.groups
         assert record is not None and groups is not None
         e, k = self.moe.num_experts, self.moe.top_k
+        raw_TE = chosen.raw
         valid = torch.ones_like(raw_TE[:, 0]) if groups.valid_T is None else groups.valid_T.to(raw_TE.dtype)
         load = load_nE.sum(0).double()
         if record.aux_loss == "sequence" and groups.sequences not in (None, groups.count):
@@ -137,7 +152,7 @@ class Router(nn.Module):
                 load_nE = context.shard.reduce_statistics(so_far).expand(groups.count, e)
             mean_nE = probability_nE / tokens_n.clamp_min(1)[:, None]
             aux = (auxiliary_loss(record.aux_loss, mean_nE, load_nE) * tokens_n).sum()
-            x_TD = _AttachLoss.apply(x_TD, aux, record.alpha_of(self.layer) / record.routed_tokens)
+            x_tD = _AttachLoss.apply(x_tD, aux, record.alpha_of(self.layer) / record.routed_tokens)
         with torch.no_grad():
             top = torch.topk(chosen.logits, min(3, e), dim=1).values
             # Capped below float32's overflow: unnormalised logits may lie further apart, and inf * 0 is NaN.
@@ -157,4 +172,4 @@ class Router(nn.Module):
                 for q in (p, raw_TE.softmax(-1)):
                     vectors.append((q.sort(-1, descending=True).values * valid[:, None]).sum(0).double())
             record.assign(self.layer, context.micro_batch, scalars, *vectors)
-        return x_TD
+        return x_tD

@@ -6,11 +6,11 @@ from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from moeforge.config.model import ModelConfig
 from moeforge.layout import Layout, unit_names
 from moeforge.model.context import ForwardContext
+from moeforge.model.recompute import recomputed
 from moeforge.model.rotary import rotary_angles
 from moeforge.model.router import Router
 from moeforge.model.units import Attention, Embedding, FeedForward, Head, MoEFeedForward
@@ -19,14 +19,22 @@ from moeforge.model.units import Attention, Embedding, FeedForward, Head, MoEFee
 class Transformer(nn.Module):
     """Embedding, L x (attention, feed-forward), norm and head; or the slice of them that a Layout's stage names.
 
-    Parameter names are global (`layers.7.ffn.experts.w13`), whatever slice is built. Parameters are
-    uninitialised: load them, or call `reset_parameters`.
+    Parameter names are global (`layers.7.ffn.experts.w13`), whatever slice is built. The slice may be empty. Parameters
+    are uninitialised: load them, or call `reset_parameters`. `rank` is the tensor-parallel rank, `expert_rank` the
+    number in the expert block.
     """
 
-    def __init__(self, config: ModelConfig, layout: Layout | None = None, stage: int = 0, rank: int = 0) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: Layout | None = None,
+        stage: int = 0,
+        rank: int = 0,
+        expert_rank: int = 0,
+    ) -> None:
         super().__init__()
         layout = layout or Layout.single(config)
-        shard, part = layout.ranks[rank], layout.stages[stage]
+        shard, routed, part = layout.ranks[rank], layout.expert_ranks[expert_rank], layout.stages[stage]
         names = unit_names(config)[part.begin_unit : part.end_unit]
         self.config = config
         self.recompute: Collection[str] = frozenset(part.recompute)
@@ -51,12 +59,15 @@ class Transformer(nn.Module):
             if kind == "attention":
                 unit = Attention(config, layer, size(shard.kv_groups[layer]))
             elif config.is_moe_layer(layer):
-                unit = MoEFeedForward(config, layer, size(shard.experts[layer]), size(shard.ffn_columns[layer]))
+                unit = MoEFeedForward(config, layer, size(routed.experts[layer]), size(routed.columns[layer]))
             else:
                 unit = FeedForward(config, layer, size(shard.ffn_columns[layer]))
             if number not in self.layers:
                 self.layers[number] = nn.ModuleDict()
             self.layers.get_submodule(number).add_module(kind, unit)
+        if self.embed is None and self.head is not None and config.tie_embeddings:
+            # A copy of the embedding that another stage holds, for the output projection alone.
+            self.embed = Embedding(config, size(shard.vocab_rows))
 
     def units(self) -> Iterator[tuple[str, nn.Module]]:
         """(global name, module) in order."""
@@ -77,27 +88,38 @@ class Transformer(nn.Module):
             if isinstance(module, Router):
                 module.reset_parameters(std)
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, context: ForwardContext) -> Tensor:
-        """hidden_TD of flat tokens; `logits` and `loss` take it further.
+    def forward(
+        self, tokens_T: Tensor, positions_T: Tensor, context: ForwardContext, hidden_tD: Tensor | None = None
+    ) -> Tensor:
+        """hidden_tD of flat tokens, the rank's share of them; `logits` and `loss` take it further.
 
-        tokens_T int64 [T], or hidden_TD of the previous stage where this slice has no embedding; positions_T int64 [T].
+        tokens_T and positions_T int64 [T] of the whole micro-batch; hidden_tD is what the previous stage returned, None
+        on the first. Empty stages before the embedding pass zeros, which it adds: so gradients find their way back.
         """
+        if not self.names:
+            assert hidden_tD is not None
+            return hidden_tD.clone()
         dtype = next(self.parameters()).dtype
         rotary = rotary_angles(self.config, positions_T, dtype)
-        x = tokens_T
+        x = hidden_tD
         for name, unit in self.units():
-            if name in self.recompute and torch.is_grad_enabled():
-                x = checkpoint(unit, x, rotary, context, use_reentrant=False, preserve_rng_state=False)
+            if name == "embed":
+                x = unit(tokens_T, rotary, context)
+                x = x if hidden_tD is None else x + hidden_tD
+            elif name in self.recompute and torch.is_grad_enabled():
+                x = recomputed(unit, x, rotary, context)
             else:
                 x = unit(x, rotary, context)
-        return x
+        assert x is not None
+        # Pipeline schedules detach what a stage returns in place, which a view cannot bear.
+        return x.clone() if x._is_view() else x
 
     @property
     def output_weight(self) -> Tensor:
         """The head's projection [V, D]: its own, or the embedding's where tied."""
         if self.head is not None and self.head.weight is not None:
             return self.head.weight
-        assert self.embed is not None, "a tied head on a stage without the embedding is given its weight by parallel"
+        assert self.embed is not None
         return self.embed.weight
 
     def logits(self, hidden_RD: Tensor, context: ForwardContext) -> Tensor:

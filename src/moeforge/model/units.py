@@ -64,8 +64,9 @@ class Attention(nn.Module):
         qkv = self.qkv(u_TD).view(tokens, groups, per_group + 2, h)
         q, k, v = (y.flatten(1, 2) for y in qkv.split((per_group, 1, 1), dim=2))
         if config.qk_norm == "full":
-            q = rms_norm(q.flatten(1), self.q_norm.weight, config.norm_eps).view_as(q)
-            k = rms_norm(k.flatten(1), self.k_norm.weight, config.norm_eps).view_as(k)
+            width, eps, norm = config.num_kv_heads * h, config.norm_eps, context.shard.norm
+            q = norm(q.flatten(1), self.q_norm.weight, eps, width * per_group).view_as(q)
+            k = norm(k.flatten(1), self.k_norm.weight, eps, width).view_as(k)
         elif config.qk_norm == "head":
             q = rms_norm(q, self.q_norm.weight, config.norm_eps)
             k = rms_norm(k, self.k_norm.weight, config.norm_eps)

@@ -1,4 +1,4 @@
-"""Training in one process: optimiser, balance control, loop, metrics, exact resume."""
+"""Training, in one process or as one rank of many: optimiser, balance control, loop, metrics, exact resume."""
 
 from moeforge.train.balance import AdaptiveCoefficients, drop_rate
 from moeforge.train.optimizer import Optimizer

@@ -12,7 +12,7 @@ from moeforge.train.state import TrainerState, checkpoint_directory, checkpoints
 
 # What may differ between a checkpoint's configuration and the one that resumes it, since none of it changes a loss;
 # and what of that may not.
-_FREE = ("run.", "checkpoint.", "eval.", "data.cache_dir", "model.device", "model.recompute")
+_FREE = ("run.", "checkpoint.", "eval.", "data.cache_dir", "model.device", "model.recompute", "parallel.")
 _FIXED = ("run.seed", "run.deterministic")
 
 

@@ -7,14 +7,15 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
-from moeforge.checkpoint import Checkpoint, load_model, open_checkpoint, pick_device
+from moeforge.checkpoint import Checkpoint, load_part, open_checkpoint, pick_device
+from moeforge.config.parallel import check_batch, layout_for
 from moeforge.config.schema import TrainConfig
 from moeforge.config.toml import dump_config
 from moeforge.data import PackedDataset, TokenCache, build_cache
@@ -22,6 +23,11 @@ from moeforge.errors import UserError
 from moeforge.files import write_whole
 from moeforge.heap import keep_freed_memory
 from moeforge.layout import Layout
+from moeforge.model import Transformer
+from moeforge.parallel import Mesh, launch
+from moeforge.parallel.consensus import require_same, together
+from moeforge.parallel.parameters import parameter_parts
+from moeforge.parallel.pipeline import share_tied
 from moeforge.train.optimizer import MODEL_DTYPE
 from moeforge.train.resume import find_resume, finished
 from moeforge.train.trainer import Trainer
@@ -86,44 +92,78 @@ def prepare(
     plan: Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Trainer:
-    """A trainer at the step that the run stands at, its run directory written.
+    """A trainer at the step that the run stands at, its run directory written; one of many under torchrun.
 
-    `progress` is called with the number of tokens that were tokenised so far. Raises UserError for bad input.
+    `progress` is called with the number of tokens that were tokenised so far. Raises UserError for bad input, on all
+    ranks what the first failing one found.
     """
-    if (processes := os.environ.get("WORLD_SIZE") or "1") != "1":
-        raise UserError(f"torchrun with {processes} processes: this version trains in one process; run it without")
-    device = pick_device(config.model.device, "model.device")
+    device = launch.local_device(pick_device(config.model.device, "model.device"))
     if device.type == "cpu":
         keep_freed_memory()
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(config.run.deterministic)
+    timeout = config.parallel.hang_timeout_seconds
+    launch.initialise(device, timeout)
+    watchdog = launch.start_watchdog(timeout)
+    require_same("the training configuration", config.model_dump_json())
+    first, world_size = launch.world_rank() == 0, launch.world_size()
     run_dir = Path(config.run.dir)
-    with _locked(run_dir) as lock:
-        if finished(config, resume):
-            raise UserError(f"run.dir = {run_dir}: another process has just finished this run; its result is there")
-        resumed = find_resume(config, resume)
-        source = open_checkpoint(config.model.path)
-        _check_positions(config, source)
-        layout = Layout.single(source.config, config.model.recompute)
-        if plan is not None:
-            layout = Layout.read(plan)
-            layout.check(source.config, world_size=1)
-        train_data, held_out = open_data(config, source.tokenizer(), progress)
-        if resumed and resumed[1].data != train_data.identity():
-            raise UserError(
-                f"data.train: no longer the text that the checkpoint {resumed[0]} was trained on; restore it, or "
-                "start a new run in another run.dir"
-            )
-        started_from = open_checkpoint(resumed[0]) if resumed else source
-        model = load_model(started_from, MODEL_DTYPE[config.model.precision], device, layout)
-        if resumed is None:
-            # Without a checkpoint nothing of an earlier, killed attempt can be gone on from.
-            shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
-        write_whole(run_dir / "config.toml", dump_config(config))
-        write_whole(run_dir / "model.json", json.dumps(source.config.to_dict(), indent=2) + "\n")
-        layout.write(run_dir / "layout.json")
-        return Trainer(config, run_dir, model, source, train_data, held_out, resumed, lock)
+    with _locked(run_dir) if first else nullcontext() as lock:
+        with together(), watchdog.paused():
+            if finished(config, resume):
+                raise UserError(f"run.dir = {run_dir}: another process has just finished this run; its result is there")
+            resumed = find_resume(config, resume)
+            source = open_checkpoint(config.model.path)
+            _check_positions(config, source)
+            layout = _layout(config, source, plan, world_size)
+            train_data, held_out = open_data(config, source.tokenizer(), progress)
+            if resumed and resumed[1].data != train_data.identity():
+                raise UserError(
+                    f"data.train: no longer the text that the checkpoint {resumed[0]} was trained on; restore it, or "
+                    "start a new run in another run.dir"
+                )
+        require_same("the plan, the data or the checkpoint to resume", f"{layout} {resumed} {train_data.identity()}")
+        mesh = Mesh.create(layout, device, timeout, launch.local_world_size(), watchdog)
+        with together(), watchdog.paused():
+            chunks = load_chunks(source, mesh, MODEL_DTYPE[config.model.precision], empty=resumed is not None)
+            if first:
+                if resumed is None:
+                    # Without a checkpoint nothing of an earlier, killed attempt can be gone on from.
+                    shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+                write_whole(run_dir / "config.toml", dump_config(config))
+                write_whole(run_dir / "model.json", json.dumps(source.config.to_dict(), indent=2) + "\n")
+                layout.write(run_dir / "layout.json")
+        trainer = Trainer(config, run_dir, mesh, chunks, source, train_data, held_out, lock)
+        if resumed is not None:
+            trainer.resume(*resumed)
+        return trainer
+
+
+def _layout(config: TrainConfig, source: Checkpoint, plan: Path | None, world_size: int) -> Layout:
+    if plan is None:
+        return layout_for(config, source.config, world_size)
+    layout = Layout.read(plan)
+    layout.check(source.config, world_size)
+    check_batch(config, layout)
+    return layout
+
+
+def load_chunks(source: Checkpoint, mesh: Mesh, dtype: torch.dtype, empty: bool = False) -> list[Transformer]:
+    """This rank's stages of the model with its parts of the weights; `empty`: uninitialised, to be filled otherwise."""
+    chunks = []
+    for stage in mesh.stages:
+        with torch.device("meta"):
+            chunk = Transformer(source.config, mesh.layout, stage, mesh.at.tp, mesh.at.expert_rank)
+        parts = parameter_parts(source.config, mesh.layout, stage, mesh.at.tp, mesh.at.expert_rank)
+        if empty:
+            state = {name: torch.empty(part.shape, dtype=dtype, device=mesh.device) for name, part in parts.items()}
+        else:
+            state = load_part(source, parts, dtype, mesh.device)
+        chunk.load_state_dict(state, assign=True)
+        chunks.append(chunk)
+    share_tied(chunks)
+    return chunks
 
 
 def _check_positions(config: TrainConfig, source: Checkpoint) -> None:

@@ -1,72 +1,75 @@
-"""The training loop of one process."""
+"""The training loop, in one process or as one rank of many."""
 
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
+from torch import nn
 
-from moeforge.checkpoint import Checkpoint, save_model
+from moeforge.checkpoint import Checkpoint
 from moeforge.config.schema import TrainConfig
-from moeforge.data import Batch, PackedDataset
+from moeforge.data import PackedDataset
 from moeforge.errors import RunError
-from moeforge.evaluate import held_out_loss
-from moeforge.model import DenseAttention, ForwardContext, RouterRecord, RoutingGroups, Transformer
+from moeforge.evaluate import EvalResult
+from moeforge.model import RouterRecord, Transformer
 from moeforge.model.units import Experts
+from moeforge.parallel import Mesh
+from moeforge.parallel.dispatcher import make_dispatcher
+from moeforge.parallel.gather import save_distributed
+from moeforge.parallel.parameters import ParameterPart, parameter_parts
+from moeforge.parallel.pipeline import make_executor
+from moeforge.parallel.similarity import distributed_similarity
 from moeforge.train.balance import AdaptiveCoefficients, drop_rate
 from moeforge.train.metrics import MetricsLog, Row, distribution_rows, router_rows
-from moeforge.train.optimizer import Optimizer
+from moeforge.train.micro_batches import Lazy, MicroBatches, TrainData, targets_and_tokens
+from moeforge.train.optimizer import MODEL_DTYPE, Optimizer
 from moeforge.train.result import TrainResult, read_result
 from moeforge.train.schedule import learning_rate
-from moeforge.train.state import TrainerState, load_optimizer_state, save_checkpoint
-from moeforge.upcycle.similarity import expert_similarity
+from moeforge.train.signals import Signals
+from moeforge.train.state import Saver, TrainerState, load_entries
 
 OnStep = Callable[[Row], None]
-
-
-class TrainData(Protocol):
-    """Where batches come from; `moeforge.data.PackedDataset` fits."""
-
-    def batch(self, position: int, count: int) -> Batch:
-        """The sequences with global numbers position..position+count-1."""
-        ...
-
-    def identity(self) -> str:
-        """What the batches depend on, as a hash."""
-        ...
 
 
 class Trainer:
     """Optimiser steps over a packed dataset: `run` from the current step to the last.
 
     A step is: every micro-batch's summed loss over the step's target count, backward, gradient norm, update,
-    balance control. Nothing but `state` and the weights carries over, which is what makes resuming exact. `lock`,
-    whatever keeps other processes out of the run's directory, lives as long as the trainer.
+    balance control. Nothing but `state` and the weights carries over, which is what makes resuming exact. All ranks
+    call the same methods in the same order; the first one writes what a run leaves behind. `chunks` are this rank's
+    stages of the model. `lock`, whatever keeps other runs out of the run's directory, lives as long as the trainer.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         run_dir: Path,
-        model: Transformer,
+        mesh: Mesh,
+        chunks: Sequence[Transformer],
         source: Checkpoint,
         train_data: TrainData,
         held_out: PackedDataset | None,
-        resumed: tuple[Path, TrainerState] | None = None,
         lock: object = None,
     ) -> None:
-        self.config, self.run_dir, self.model, self.source = config, run_dir, model, source
+        self.config, self.run_dir, self.mesh, self.chunks, self.source = config, run_dir, mesh, chunks, source
         self.train_data, self.held_out, self._lock = train_data, held_out, lock
-        self.device = next(model.parameters()).device
+        self.model_config = source.config
+        parameters: dict[str, nn.Parameter] = {}
+        parts: dict[str, ParameterPart] = {}
+        for stage, chunk in zip(mesh.stages, chunks, strict=True):
+            parameters |= dict(chunk.named_parameters())
+            parts |= parameter_parts(self.model_config, mesh.layout, stage, mesh.at.tp, mesh.at.expert_rank)
         options = config.optimizer
         self.optimizer = Optimizer(
-            model,
+            parameters,
+            parts,
+            mesh,
+            zero=config.parallel.zero,
             masters=config.model.precision == "bf16",
             kind=options.kind,
             betas=options.betas,
@@ -75,44 +78,46 @@ class Trainer:
             expert_lr_scale=options.expert_lr_scale,
             clip_norm=options.clip_norm,
         )
+        self.dtype = MODEL_DTYPE[config.model.precision]
+        self.executor = make_executor(chunks, mesh, self.dtype, self.optimizer.collect)
+        top_k = self.model_config.moe.top_k if self.model_config.moe else 1
+        dispatcher = make_dispatcher(mesh, top_k, config.parallel.dispatcher, config.parallel.overlap_chunks)
+        self.micro_batches = MicroBatches(config, mesh, dispatcher)
         router = config.router
         self.balance = AdaptiveCoefficients(
-            len(model.config.moe_layers), router.alpha_max, router.xi, router.beta, router.adaptive, self.device
+            len(self.model_config.moe_layers), router.alpha_max, router.xi, router.beta, router.adaptive, mesh.device
         )
+        self.saver = Saver()
         self.step, self.position, self.tokens = 0, 0, 0
-        if resumed is not None:
-            directory, state = resumed
-            self.step, self.position, self.tokens = state.step, state.position, state.tokens
-            self.balance.load(state.alpha)
-            self.optimizer.load(load_optimizer_state(directory))
+
+    def resume(self, directory: Path, state: TrainerState) -> None:
+        """Go on from the training checkpoint in `directory`, whatever layout wrote it."""
+        self.step, self.position, self.tokens = state.step, state.position, state.tokens
+        self.balance.load(state.alpha)
+        load_entries(directory, self.optimizer.entries(), self.mesh)
+        self.optimizer.restore(state.step)
 
     def train_step(self) -> Row:
-        """One optimiser step; returns its row of metrics."""
+        """One optimiser step; returns its row of metrics, the same on every rank."""
         started = time.perf_counter()
-        config, step = self.config, self.step + 1
-        size, micro = config.train.batch_sequences, config.train.micro_batch_sequences
-        batch = self.train_data.batch(self.position, size)
-        targets = int((batch.targets != -100).sum())
-        record = self._new_record(batch, size // micro, step)
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index in range(size // micro):
-            part = batch.slice(index * micro, (index + 1) * micro)
-            loss += self._backward(part, max(targets, 1), record, index)
-        options, schedule = config.optimizer, config.schedule
-        lr = learning_rate(
-            self.step,
-            config.train.steps,
-            options.lr,
-            schedule.kind,
-            schedule.warmup_steps,
-            schedule.min_lr_ratio,
-            schedule.decay_fraction,
+        config, mesh, step = self.config, self.mesh, self.step + 1
+        mesh.watchdog.at_step(step)
+        batches = self.micro_batches.training(self.train_data, self.position)
+        counts = mesh.dp.all_reduce(targets_and_tokens(batches).to(mesh.device))
+        targets, routed = (max(count, 1) for count in counts.tolist())
+        record = self._new_record(len(batches), routed, step)
+
+        local_loss = self.executor.train(
+            Lazy(len(batches), lambda i: self.micro_batches.prepare(batches[i], i, 1 / targets, record))
         )
+        lr = self._learning_rate()
         norm = self.optimizer.step(lr)
-        row: Row = {"step": step, "tokens": self.tokens + batch.tokens.numel(), "loss": loss.item(), "lr": lr}
-        row["grad_norm"] = norm.item()
+        loss = self._over_ranks(local_loss).item()
+        tokens = self.tokens + config.train.batch_sequences * config.data.sequence_length
+        row: Row = {"step": step, "tokens": tokens, "loss": loss, "lr": lr, "grad_norm": norm.item()}
         moe: list[Row] = []
         if record is not None:
+            record.reduce(self._over_ranks)
             rates = drop_rate(record.totals(), config.router.scope, config.router.capacity_factor)
             moe = router_rows(record, rates)
             self.balance.update(rates)
@@ -120,68 +125,78 @@ class Trainer:
                 row["gate_distribution"] = distribution_rows(record)
         seconds = time.perf_counter() - started
         if moe and _due(step, config.run.similarity_every, first=True):
-            for layer in moe:
-                experts = self.model.get_submodule(f"layers.{layer['layer']}.ffn.experts")
-                assert isinstance(experts, Experts)
-                layer["expert_similarity"] = expert_similarity(experts.w13, experts.w2).item()
-        row |= {"tokens_per_second": batch.tokens.numel() / seconds, "seconds": seconds, "moe": moe}
-        self.step, self.position = step, self.position + size
-        self.tokens = row["tokens"]
+            for layer, similarity in zip(moe, self._expert_similarity(), strict=True):
+                layer["expert_similarity"] = similarity
+        row |= {"tokens_per_second": (tokens - self.tokens) / seconds, "seconds": seconds, "moe": moe}
+        self.step, self.position, self.tokens = step, self.position + config.train.batch_sequences, tokens
         return row
 
-    def _new_record(self, batch: Batch, micro_batches: int, step: int) -> RouterRecord | None:
-        moe = self.model.config.moe
+    def _learning_rate(self) -> float:
+        options, schedule = self.config.optimizer, self.config.schedule
+        return learning_rate(
+            self.step,
+            self.config.train.steps,
+            options.lr,
+            schedule.kind,
+            schedule.warmup_steps,
+            schedule.min_lr_ratio,
+            schedule.decay_fraction,
+        )
+
+    def _new_record(self, micro_batches: int, routed_tokens: int, step: int) -> RouterRecord | None:
+        moe = self.model_config.moe
         if moe is None:
             return None
         return RouterRecord(
-            self.model.config.moe_layers,
+            self.model_config.moe_layers,
             moe.num_experts,
             micro_batches,
             self.balance.alpha,
-            max(int((batch.documents >= 0).sum()), 1),
+            routed_tokens,
             self.config.router.aux_loss,
             distributions=_due(step, self.config.run.gate_distribution_every, first=True),
         )
 
-    def _backward(self, part: Batch, targets: int, record: RouterRecord | None, index: int) -> torch.Tensor:
-        """Forward and backward of one micro-batch; its share of the step's mean loss."""
-        router = self.config.router
-        sequences, positions = part.tokens.shape
-        valid = None if bool((part.documents >= 0).all()) else (part.documents >= 0).flatten().to(self.device)
-        groups = RoutingGroups(
-            sequences // router.group_sequences, valid, router.capacity_factor, router.drop_tokens, sequences
-        )
-        context = ForwardContext(
-            DenseAttention(sequences, positions, part.documents),
-            groups=None if record is None else groups,
-            record=record,
-            micro_batch=index,
-        )
-        part = part.to(self.device)
-        hidden = self.model(part.tokens.flatten(), part.positions.flatten(), context)
-        loss = self.model.loss(hidden, part.targets.flatten(), context) / targets
-        loss.backward()
-        return loss.detach()
+    def _over_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over stages and data-parallel ranks of what is equal on tensor-parallel ranks: one of them counts."""
+        return self.mesh.world.all_reduce(x.clone() if self.mesh.at.tp == 0 else torch.zeros_like(x))
+
+    def _expert_similarity(self) -> list[float]:
+        """Of every MoE layer; each is held by one stage, and found by all ranks of a block together."""
+        found = torch.zeros(len(self.model_config.moe_layers), dtype=torch.float64, device=self.mesh.device)
+        for chunk in self.chunks:
+            for name, unit in chunk.units():
+                experts = getattr(unit, "experts", None)
+                if isinstance(experts, Experts):
+                    layer = int(name.split(".")[1])
+                    similarity = distributed_similarity(self.mesh, layer, experts)
+                    if self.mesh.at.dp == 0:
+                        found[self.model_config.moe_layers.index(layer)] = similarity
+        similarities: list[float] = self._over_ranks(found).tolist()
+        return similarities
 
     def run(self, on_step: OnStep | None = None) -> TrainResult:
         """Train to the last step; evaluate, log and save as configured.
 
-        SIGTERM and SIGINT let the step under way finish, save, and end the run; another one later acts as it would
-        outside.
+        SIGTERM and SIGINT, on any rank, let the step under way finish, save, and end the run; another one later acts
+        as it would outside.
         """
-        config = self.config
-        log = MetricsLog(self.run_dir, self.step, config.run.tensorboard)
+        config, first = self.config, self.mesh.rank == 0
+        log = MetricsLog(self.run_dir, self.step, config.run.tensorboard) if first else None
         saved = self.step
-        with _Signals() as signals:
+        with Signals() as signals:
             if self.step == 0 and self.held_out is not None:
-                log.write({"step": 0, "tokens": 0, "eval_loss": self.evaluate()})
-            while self.step < config.train.steps and signals.caught is None:
+                held_out = self.evaluate()
+                if log is not None:
+                    log.write({"step": 0, "tokens": 0, "eval_loss": held_out})
+            while self.step < config.train.steps and not self._stopped(signals):
                 row = self.train_step()
                 self._check_finite(row)
                 last = self.step == config.train.steps
                 if self.held_out is not None and (last or _due(self.step, config.eval.every)):
                     row["eval_loss"] = self.evaluate()
-                log.write(row)
+                if log is not None:
+                    log.write(row)
                 if on_step is not None:
                     on_step(row)
                 if _due(self.step, config.checkpoint.every) or (last and config.checkpoint.every > 0):
@@ -190,27 +205,34 @@ class Trainer:
             cut_short = self.step < config.train.steps
             if cut_short and saved != self.step:
                 self.save()
-        log.close()
-        return replace(
-            read_result(self.run_dir),
-            steps=self.step,
-            tokens=self.tokens,
-            interrupted=signals.caught if cut_short else None,
-        )
+            self.saver.wait()
+        if log is not None:
+            log.close()
+        interrupted = (signals.caught or "a signal on another rank") if cut_short else None
+        result = replace(read_result(self.run_dir), steps=self.step, tokens=self.tokens, interrupted=interrupted)
+        found: TrainResult = self.mesh.world.all_gather_object(result if first else None)[0]
+        return found
+
+    def _stopped(self, signals: Signals) -> bool:
+        """Whether a signal has reached any rank: all of them must leave the loop at the same step."""
+        if self.mesh.world.size == 1:
+            return signals.caught is not None
+        caught = torch.tensor(float(signals.caught is not None), device=self.mesh.device)
+        return bool(self.mesh.world.all_reduce(caught) > 0)
 
     def evaluate(self) -> float:
-        """Mean held-out loss over at most eval.sequences sequences (nats a token)."""
+        """Mean held-out loss over at most eval.sequences sequences (nats a token). No capacity, no dropped tokens, no
+        router statistics: what inference computes."""
         assert self.held_out is not None
-        result = held_out_loss(self.model, self._held_out_batches(self.held_out), self.device)
-        return result.loss
+        batches = self.micro_batches.held_out(self.held_out)
+        loss = self.executor.evaluate(
+            Lazy(len(batches), lambda i: self.micro_batches.prepare(batches[i], i, 1.0, None))
+        )
+        targets = self.mesh.dp.all_reduce(targets_and_tokens(batches).to(self.mesh.device))[0]
+        return EvalResult.of(self._over_ranks(loss).item(), int(targets)).loss
 
-    def _held_out_batches(self, data: PackedDataset) -> Iterator[Batch]:
-        wanted, micro = min(self.config.eval.sequences, len(data)), self.config.train.micro_batch_sequences
-        for start in range(0, wanted, micro):
-            yield data.batch(start, min(micro, wanted - start))
-
-    def save(self) -> Path:
-        """Write a checkpoint of the current step."""
+    def save(self) -> None:
+        """Write a checkpoint of the current step; it goes on being written while training continues."""
         state = TrainerState(
             self.step,
             self.position,
@@ -218,15 +240,14 @@ class Trainer:
             self.balance.state(),
             self.train_data.identity(),
             self.config.model_dump(mode="json"),
+            self.model_config.to_dict(),
         )
-        return save_checkpoint(
-            self.run_dir, self.model, self.optimizer.state(), state, self.source, self.config.checkpoint.keep
-        )
+        self.saver.save(self.run_dir, self.optimizer.entries(), state, self.config.checkpoint.keep, self.mesh)
 
     def save_final(self) -> Path:
         """Write run_dir/final: the trained model as a Hugging Face directory. Signals wait until it is there."""
-        with _Signals():
-            return save_model(self.model, self.run_dir / "final", tokenizer_from=self.source)
+        with Signals():
+            return save_distributed(self.mesh, self.chunks, self.run_dir / "final", tokenizer_from=self.source)
 
     def _check_finite(self, row: Row) -> None:
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
@@ -238,40 +259,3 @@ class Trainer:
 
 def _due(step: int, every: int, first: bool = False) -> bool:
     return every > 0 and (step % every == 0 or (first and step == 1))
-
-
-# A supervisor may signal a process and its group, a terminal twice: what follows this soon is the same request.
-_ONE_INTENT_SECONDS = 2.0
-
-
-class _Signals:
-    """While open, SIGTERM and SIGINT only set `caught`, so that the step under way is finished and saved."""
-
-    def __init__(self) -> None:
-        self.caught: str | None = None
-        self._since = 0.0
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._old[number] = signal.signal(number, self._catch)
-            except ValueError:  # not the main thread: signals are not ours to handle
-                break
-        return self
-
-    def _catch(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        if self.caught is None:
-            self.caught, self._since = signal.Signals(number).name, now
-        elif now - self._since > _ONE_INTENT_SECONDS:
-            self._restore()
-            signal.raise_signal(number)
-
-    def _restore(self) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        self._old = {}
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()

@@ -1,0 +1,72 @@
+"""From torchrun's environment to torch.distributed, and back."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from moeforge.errors import UserError
+from moeforge.parallel.watchdog import Watchdog
+
+
+def world_size() -> int:
+    """Processes of this run: torchrun's WORLD_SIZE, 1 without torchrun. Raises UserError for a broken environment."""
+    return _number("WORLD_SIZE", 1)
+
+
+def world_rank() -> int:
+    """This process's number among them."""
+    return _number("RANK", 0)
+
+
+def local_world_size() -> int:
+    """Processes on this machine."""
+    return _number("LOCAL_WORLD_SIZE", world_size())
+
+
+def local_device(device: torch.device) -> torch.device:
+    """`device`, or this process's own of several GPUs where it names none."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    chosen = torch.device("cuda", _number("LOCAL_RANK", 0))
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+def initialise(device: torch.device, timeout_seconds: float) -> None:
+    """Join the other processes, if there are any and this has not been done. Call `shut_down` in the end."""
+    if world_size() == 1 or dist.is_initialized():
+        return
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT", "RANK") if name not in os.environ]:
+        raise UserError(f"WORLD_SIZE = {world_size()}: {missing[0]} is not set; start the processes with torchrun")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # Later than the watchdog, which can name who is late.
+    dist.init_process_group(backend, timeout=timedelta(seconds=2 * timeout_seconds + 60))
+
+
+def start_watchdog(timeout_seconds: float) -> Watchdog:
+    """A watchdog that beats in the store that torchrun keeps, through a connection of its own: the process group's may
+    be busy waiting. Without torchrun it only notes what is being done."""
+    watchdog = Watchdog()
+    if dist.is_initialized() and "MASTER_ADDR" in os.environ:
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
+        store = dist.TCPStore(address, port, wait_for_workers=False, timeout=timedelta(seconds=30))
+        watchdog.start(dist.PrefixStore(f"moeforge/{attempt}", store), world_rank(), world_size(), timeout_seconds)
+    return watchdog
+
+
+def shut_down() -> None:
+    """Leave the process group; nothing in a single process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise UserError(f'{name} = "{text}": must be a whole number, as torchrun sets it')
+    return int(text)

@@ -5,6 +5,7 @@ The implementations here are the simplest that could be right. Ranks are threads
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeforge.config.model import ModelConfig
-from moeforge.layout import Layout
-from moeforge.layout import Shard as Held
+from moeforge.layout import ExpertShard, Layout, build_layout
 from moeforge.model import (
     DenseAttention,
     ForwardContext,
@@ -119,14 +119,25 @@ class ThreadShard:
     def cross_entropy(self, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(x_TD, weight_VD), targets_T, reduction="sum")
 
+    def norm(self, x_TC: Tensor, weight_C: Tensor, eps: float, width: int) -> Tensor:
+        # The ranks use the sum each in its own way: what comes back is summed, too.
+        squares = self.enter(self.leave(x_TC.square().sum(-1, keepdim=True)))
+        return x_TC * torch.rsqrt(squares / width + eps) * weight_C
+
+    def gather_tokens(self, *columns: Tensor) -> tuple[Tensor, ...]:
+        return columns  # every rank routes all tokens
+
+    def own_kept(self, kept_TK: Tensor | None, experts_tK: Tensor) -> Tensor | None:
+        return kept_TK
+
     def reduce_statistics(self, x: Tensor) -> Tensor:
-        return x  # every rank routes all tokens
+        return x
 
 
 class ThreadDispatcher:
     """Every rank has all tokens and some whole experts (EDP within a tensor-parallel group)."""
 
-    def __init__(self, shard: ThreadShard, held: Held) -> None:
+    def __init__(self, shard: ThreadShard, held: ExpertShard) -> None:
         self.shard, self.held = shard, held
 
     def route(
@@ -151,8 +162,14 @@ class ThreadDispatcher:
         return self.shard.leave(LocalDispatcher().route(layer, x_TD, weights_TK, local, kept, end - begin, experts))
 
 
-def slices(name: str, config: ModelConfig, held: Held) -> dict[int, list[tuple[int, int]]]:
+def expert_shard(layout: Layout, rank: int) -> ExpertShard:
+    """The rank's experts; of a dense model there is only one, empty."""
+    return layout.expert_ranks[rank % len(layout.expert_ranks)]
+
+
+def slices(name: str, config: ModelConfig, layout: Layout, rank: int) -> dict[int, list[tuple[int, int]]]:
     """Which ranges of which dimension of a global parameter a rank holds; empty: all of it."""
+    held, experts = layout.ranks[rank], expert_shard(layout, rank).experts
     if name in ("embed.weight", "head.weight"):
         return {0: [held.vocab_rows]}
     if not name.startswith("layers."):
@@ -166,33 +183,35 @@ def slices(name: str, config: ModelConfig, held: Held) -> dict[int, list[tuple[i
         "attention.qkv.weight": {0: [(g0 * (p + 2) * h, g1 * (p + 2) * h)]},
         "attention.qkv.bias": {0: [(g0 * (p + 2) * h, g1 * (p + 2) * h)]},
         "attention.o.weight": {1: [(g0 * p * h, g1 * p * h)]},
+        "attention.q_norm.weight": {0: [(g0 * p * h, g1 * p * h)]} if config.qk_norm == "full" else {},
+        "attention.k_norm.weight": {0: [(g0 * h, g1 * h)]} if config.qk_norm == "full" else {},
         "ffn.w13.weight": {0: [(c0, c1), (config.ffn_size + c0, config.ffn_size + c1)]},
         "ffn.w2.weight": {1: [(c0, c1)]},
-        "ffn.experts.w13": {0: [held.experts[layer]]},
-        "ffn.experts.w2": {0: [held.experts[layer]]},
+        "ffn.experts.w13": {0: [experts[layer]]},
+        "ffn.experts.w2": {0: [experts[layer]]},
     }.get(leaf, {})
 
 
-def part_of(name: str, value: Tensor, config: ModelConfig, held: Held) -> Tensor:
-    for dim, ranges in slices(name, config, held).items():
+def part_of(name: str, value: Tensor, config: ModelConfig, layout: Layout, rank: int) -> Tensor:
+    for dim, ranges in slices(name, config, layout, rank).items():
         value = torch.cat([value.narrow(dim, begin, end - begin) for begin, end in ranges], dim)
     # A rank without experts in a layer holds none of their columns either.
     return value
 
 
 def rank_model(whole: Transformer, layout: Layout, rank: int) -> Transformer:
-    config, held = whole.config, layout.ranks[rank]
-    model = Transformer(config, layout, rank=rank).double()
+    config = whole.config
+    model = Transformer(config, layout, rank=rank, expert_rank=rank % len(layout.expert_ranks)).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            value = part_of(name, whole.get_parameter(name), config, held)
+            value = part_of(name, whole.get_parameter(name), config, layout, rank)
             parameter.copy_(value.reshape(parameter.shape) if parameter.numel() == 0 else value)
     return model
 
 
 CASES: dict[str, tuple[int, list[float] | None, dict[str, Any]]] = {
     "three KV groups on two ranks": (2, None, {"num_heads": 6, "num_kv_heads": 3, "moe": {}, "ffn_size": 48}),
-    "a rank without KV groups or columns": (2, None, {"num_kv_heads": 1, "ffn_size": 16}),
+    "a rank without KV groups or columns": (2, None, {"num_kv_heads": 1, "ffn_size": 1}),
     "a rank without experts": (
         3,
         None,
@@ -215,20 +234,33 @@ CASES: dict[str, tuple[int, list[float] | None, dict[str, Any]]] = {
 }
 
 
+def fewer_experts(layout: Layout, shape: ModelConfig, ranks: int) -> Layout:
+    """EDP with an expert each for the first ranks, and none for the others: what a hand-written plan may say."""
+    count, layers = shape.moe.num_experts, shape.num_layers
+    spans = [(min(rank, count), min(rank + 1, count)) for rank in range(ranks)]
+    columns = ((0, shape.moe.expert_size),) * layers
+    shards = tuple(ExpertShard((span,) * layers, columns) for span in spans)
+    return dataclasses.replace(layout, ep=ranks, expert_ranks=shards)
+
+
 def tensor_parallel(case: str, config: Callable[..., Any], build: Callable[..., Any]) -> tuple[Any, Layout, list[Any]]:
     ranks, weights, changes = CASES[case]
     shape = config(num_layers=3, **changes)
-    layout = Layout.tensor_parallel(shape, ranks, weights)
+    layout = build_layout(
+        shape, tp=ranks, ep=ranks if shape.moe and shape.moe.num_experts >= ranks else 1, weights=weights
+    )
+    if layout.ep == 1 < ranks and shape.moe is not None:  # fewer experts than ranks: the last ranks have none
+        layout = fewer_experts(layout, shape, ranks)
     layout.check(shape, ranks)
     whole = build(shape)
     return whole, layout, [rank_model(whole, layout, rank) for rank in range(ranks)]
 
 
-def test_the_cases_are_as_uneven_as_they_say(config: Callable[..., Any]) -> None:
+def test_the_cases_are_as_uneven_as_they_say(config: Callable[..., Any], build: Callable[..., Any]) -> None:
     def held(case: str, kind: str) -> list[list[int]]:
-        ranks, weights, changes = CASES[case]
-        layout = Layout.tensor_parallel(config(num_layers=3, **changes), ranks, weights)
-        return [[end - begin for begin, end in getattr(shard, kind)] for shard in layout.ranks]
+        _, layout, _ = tensor_parallel(case, config, build)
+        shards = layout.expert_ranks if kind == "experts" else layout.ranks
+        return [[end - begin for begin, end in getattr(shard, kind)] for shard in shards]
 
     names = list(CASES)
     assert held(names[0], "kv_groups") == [[2, 1, 2], [1, 2, 1]]
@@ -273,7 +305,7 @@ def test_uneven_tensor_parallel_ranks(
         held = layout.ranks[rank]
         shard = ThreadShard(group, rank, held.vocab_rows)
         given = context()
-        ctx = ForwardContext(DenseAttention(2, 6), ThreadDispatcher(shard, held), shard, **given)
+        ctx = ForwardContext(DenseAttention(2, 6), ThreadDispatcher(shard, expert_shard(layout, rank)), shard, **given)
         if recompute:
             models[rank].recompute = [name for name, _ in models[rank].units() if "layers" in name]
         hidden = models[rank](tokens.flatten(), positions, ctx)
@@ -291,11 +323,13 @@ def test_uneven_tensor_parallel_ranks(
             torch.testing.assert_close(record.values, expected_context["record"].values, rtol=1e-9, atol=1e-11)
     for rank, model in enumerate(models):
         for name, parameter in model.named_parameters():
-            gradient = part_of(name, whole.get_parameter(name).grad, whole.config, layout.ranks[rank])
+            gradient = part_of(name, whole.get_parameter(name).grad, whole.config, layout, rank)
             if parameter.numel():
                 assert parameter.grad is not None, (rank, name)
                 found = parameter.grad
-                if "q_norm" in name or "k_norm" in name:  # one weight for all heads: each rank knows its heads' part
+                if whole.config.qk_norm == "head" and (
+                    "q_norm" in name or "k_norm" in name
+                ):  # one weight for all heads: each rank knows its heads' part
                     found = sum(model.get_parameter(name).grad for model in models)
                 torch.testing.assert_close(found, gradient, rtol=1e-8, atol=1e-11, msg=f"{rank} {name}")
 
@@ -398,7 +432,7 @@ def test_uneven_ranks_decode_from_pages(
     def work(rank: int) -> list[Tensor]:
         held = layout.ranks[rank]
         shard = ThreadShard(group, rank, held.vocab_rows)
-        dispatcher = ThreadDispatcher(shard, held)
+        dispatcher = ThreadDispatcher(shard, expert_shard(layout, rank))
         return decode(models[rank], list(tokens), shard=shard, dispatcher=dispatcher)
 
     for found in group.run(work):

@@ -239,7 +239,7 @@ def test_two_stages_equal_the_whole(
         Stage(begin, end, tuple(n for n in recompute if n in names[begin:end]))
         for begin, end in ((0, cut), (cut, len(names)))
     )
-    layout = dataclasses.replace(single, stages=stages, world_size=2)
+    layout = dataclasses.replace(single, stages=stages, world_size=2, pp=2)
     layout.check(shape, 2)
     whole = build(shape, layout=single)
     first, second = (build(shape, layout=layout, stage=stage) for stage in (0, 1))
@@ -265,7 +265,7 @@ def test_two_stages_equal_the_whole(
     sent = first(tokens.flatten(), positions, ctx)
     assert sent._base is None  # never a view: a pipeline frees it
     received = sent.detach().requires_grad_()
-    hidden = second(received, positions, ctx)
+    hidden = second(tokens.flatten(), positions, ctx, received)
     second.loss(hidden, targets.flatten(), ctx).backward()
     sent.backward(received.grad)
     assert torch.equal(hidden, expected)

@@ -208,6 +208,7 @@ def test_resuming_with_another_configuration_is_refused(source: Source, make_con
     trainer = prepare(make_config(model))
     trainer.train_step()
     trainer.save()
+    trainer.saver.wait()
     del trainer
     with pytest.raises(UserError, match=r"optimizer\.lr = 0\.02.*was trained with 0\.01"):
         prepare(make_config(model, optimizer={"lr": 2e-2}))
@@ -229,20 +230,22 @@ def test_bad_input_is_one_line(source: Source, make_config: Make) -> None:
 def test_a_full_disk_keeps_the_last_checkpoint(
     source: Source, make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import moeforge.train.state as state
+    from moeforge.train import dcp
 
     config = make_config(source(), checkpoint={"every": 1, "keep": 2})
     trainer = prepare(config)
     trainer.train_step()
     first = trainer.save()
+    trainer.saver.wait()
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(state, "save_file", full)
+    monkeypatch.setattr(dcp, "write", full)
     trainer.train_step()
+    trainer.save()
     with pytest.raises(RunError, match=f"disk is full.*{first.name}"):
-        trainer.save()
+        trainer.saver.wait()
     assert checkpoints(Path(config.run.dir)) == [first]
     assert not list(first.parent.glob(".*"))
     del trainer
@@ -317,11 +320,11 @@ def test_two_processes_do_not_share_a_run(source: Source, make_config: Make, tmp
     assert trainer.run().steps == 8
 
 
-def test_torchrun_with_several_processes_is_refused(
+def test_a_world_without_torchrun_is_refused(
     source: Source, make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="torchrun with 2 processes"):
+    with pytest.raises(UserError, match="start the processes with torchrun"):
         prepare(make_config(source()))
 
 
@@ -345,6 +348,7 @@ def test_another_corpus_under_the_same_name_is_noticed(
     trainer = prepare(config)
     trainer.train_step()
     trainer.save()
+    trainer.saver.wait()
     del trainer
     file = mine / "000.txt"
     text = file.read_text()
@@ -389,7 +393,7 @@ def test_a_signal_in_the_last_step_comes_too_late(source: Source, make_config: M
 def test_a_second_signal_much_later_acts_as_outside(
     source: Source, make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moeforge.train.trainer._ONE_INTENT_SECONDS", -1.0)
+    monkeypatch.setattr("moeforge.train.signals._ONE_INTENT_SECONDS", -1.0)
     trainer = prepare(make_config(source()))
 
     def twice(row: dict[str, Any]) -> None:
@@ -417,7 +421,7 @@ def test_a_refused_run_takes_nothing_with_it(
     def fail(*_: Any, **__: Any) -> None:
         raise UserError("no model")
 
-    monkeypatch.setattr("moeforge.train.run.load_model", fail)
+    monkeypatch.setattr("moeforge.train.run.load_part", fail)
     with pytest.raises(UserError, match="no model"):
         prepare(config)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["cache"] and any(cache.glob("*/meta.json"))

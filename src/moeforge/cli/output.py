@@ -52,6 +52,11 @@ def reserve_stdout(only_results: bool) -> Iterator[None]:
         _results = None
 
 
+def is_first_rank() -> bool:
+    """Of the processes that torchrun started, one speaks: what all have found, it prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def emit(result: Mapping[str, Any], as_json: bool, human: Callable[[], Any] | str | None = None) -> None:
     """Print a verb's result.
 
@@ -59,6 +64,8 @@ def emit(result: Mapping[str, Any], as_json: bool, human: Callable[[], Any] | st
     torch values are understood). Otherwise `human`: a string, or a function that returns a string or anything
     rich prints (a Table, a Group); without it, the keys and values of `result` one below the other.
     """
+    if not is_first_rank():
+        return
     stream = _results or sys.stdout
     if as_json:
         print(json.dumps(_jsonable(result), allow_nan=False), file=stream, flush=True)
@@ -79,7 +86,7 @@ def stderr_console() -> Console:
     """A rich console on stderr: for progress bars, notes and warnings."""
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, quiet=not is_first_rank())
 
 
 def describe_failure(error: Exception) -> tuple[str, int | None]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moeforge.cli.output import Json, emit, stderr_console
 from moeforge.errors import UserError
+
+if TYPE_CHECKING:
+    from moeforge.config.schema import TrainConfig
 
 
 def command(
@@ -27,7 +30,9 @@ def command(
     init: Annotated[bool, typer.Option("--init", help="Print a commented configuration and stop.")] = False,
     json: Json = False,
 ) -> None:
-    """Train a model. SIGTERM or Ctrl-C saves and exits with 0 ("interrupted" in the JSON says so); killed at any moment
+    """Train a model, in one process or, under torchrun, in many.
+
+    SIGTERM or Ctrl-C saves and exits with 0 ("interrupted" in the JSON says so); killed at any moment
     and started again, it goes on and gives the same losses.
     """
     if init:
@@ -42,22 +47,36 @@ def command(
 
     resolved = load_config(config, settings or [])
 
+    from moeforge.parallel import launch
+
+    try:
+        _train(resolved, resume, plan, json)
+    finally:
+        launch.shut_down()
+
+
+def _train(config: TrainConfig, resume: str, plan: Path | None, json: bool) -> None:
     from moeforge.cli.progress import TrainingBar
     from moeforge.cli.tables import run_table
+    from moeforge.parallel.launch import local_world_size
+    from moeforge.parallel.table import mesh_table
     from moeforge.train import finished, prepare, read_result
 
     console = stderr_console()
-    if finished(resolved, resume):
-        result = read_result(Path(resolved.run.dir))
+    if finished(config, resume):
+        result = read_result(Path(config.run.dir))
     else:
         with console.status("reading data and model") as status:
-            trainer = prepare(resolved, resume, plan, lambda tokens: status.update(f"tokenising: {tokens:,} tokens"))
+            trainer = prepare(config, resume, plan, lambda tokens: status.update(f"tokenising: {tokens:,} tokens"))
         console.print(run_table(trainer))
+        if trainer.mesh.world.size > 1:
+            table = mesh_table(trainer.mesh.layout, local_world_size())
+            console.print(f"\n{table}\n", highlight=False, soft_wrap=True)
         if trainer.step:
             console.print(f"resuming after step {trainer.step}")
-        with TrainingBar(console, "training", resolved.train.steps, trainer.step) as bar:
+        with TrainingBar(console, "training", config.train.steps, trainer.step) as bar:
             result = trainer.run(bar)
-        if trainer.step == resolved.train.steps:
+        if trainer.step == config.train.steps:
             trainer.save_final()
     final = result.run_dir / "final"
     emit(

@@ -15,6 +15,10 @@ from torch import Tensor
 from moeforge.parallel.traffic import Traffic
 from moeforge.parallel.watchdog import Watchdog
 
+# Their names from torch 2.13 on; the old ones warn there.
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Pending:
     """An all-to-all under way; `output` is valid after `wait`. It holds on to what is being sent until then."""
@@ -78,7 +82,7 @@ class Group:
         if x.numel():
             self._count("all_gather", [x.numel() * x.element_size()] * self.size)
             with self._doing("all_gather"):
-                dist.all_gather_into_tensor(out, x.contiguous(), group=self.process_group)
+                _ALL_GATHER(out, x.contiguous(), group=self.process_group)
         return out
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
@@ -91,7 +95,7 @@ class Group:
         if x.numel():
             self._count("reduce_scatter", [out.numel() * x.element_size()] * self.size)
             with self._doing("reduce_scatter"):
-                dist.reduce_scatter_tensor(out, x.contiguous(), group=self.process_group)
+                _REDUCE_SCATTER(out, x.contiguous(), group=self.process_group)
         return out
 
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:

@@ -60,7 +60,7 @@ def start_watchdog(timeout_seconds: float) -> Watchdog:
 
 
 def shut_down() -> None:
-    """Leave the process group; nothing in a single process."""
+    """Leave the process group; nothing in a single process. No time-out can be met any more."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -23,6 +23,7 @@ from torch.distributed.pipelining import (
 from moeforge.layout import require_schedule
 from moeforge.model import Transformer
 from moeforge.parallel.executor import Accumulation, Executor, MicroBatch
+from moeforge.parallel.group import Group
 from moeforge.parallel.mesh import Mesh
 
 _SCHEDULES: dict[str, Any] = {
@@ -93,10 +94,22 @@ class _Stage(PipelineStage):
 
     submod: _StageModule
 
-    def __init__(self, *arguments: Any, collect: Callable[[], None], **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._collect = collect
+    def __init__(self, *arguments: Any, pp: Group, collect: Callable[[], None], **options: Any) -> None:
+        super().__init__(*arguments, group=pp.process_group, **options)
+        self._pp, self._collect = pp, collect
         self._complete: set[int] = set()
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> Any:
+        return self._counted(super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
+        return self._counted(super().get_bwd_send_ops(bwd_chunk_id))
+
+    def _counted(self, sends: Any) -> Any:
+        for send in sends:
+            size = send.tensor.numel() * send.tensor.element_size()
+            self._pp.traffic.count("pp", "send", self._pp.rank, [self._pp.ranks[send.group_peer]], [size])
+        return sends
 
     def forward_one_chunk(self, fwd_chunk_id: int, *rest: Any, **options: Any) -> Any:
         self.submod.index = fwd_chunk_id
@@ -202,7 +215,7 @@ class Pipeline:
             self.mesh.device,
             input_args=first if module.is_first else hidden,
             output_args=loss if module.is_last else hidden,
-            group=self.mesh.pp.process_group,
+            pp=self.mesh.pp,
             collect=self.collect,
         )
 

@@ -35,7 +35,3 @@ class Traffic:
             if peer != me and size:
                 link = "intra-node" if peer // self.local_world_size == node else "inter-node"
                 self.sent[Route(group, operation, link)] += size
-
-    def rows(self) -> list[dict[str, str | int]]:
-        """One row a route, for JSON."""
-        return [{**route._asdict(), "bytes": size} for route, size in sorted(self.sent.items())]

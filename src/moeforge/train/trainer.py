@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from moeforge.config.schema import TrainConfig
 from moeforge.data import PackedDataset
 from moeforge.errors import RunError
 from moeforge.evaluate import EvalResult
+from moeforge.files import write_whole
 from moeforge.model import RouterRecord, Transformer
 from moeforge.model.units import Experts
 from moeforge.parallel import Mesh
@@ -24,6 +27,7 @@ from moeforge.parallel.gather import save_distributed
 from moeforge.parallel.parameters import ParameterPart, parameter_parts
 from moeforge.parallel.pipeline import make_executor
 from moeforge.parallel.similarity import distributed_similarity
+from moeforge.parallel.traffic import Route
 from moeforge.train.balance import AdaptiveCoefficients, drop_rate
 from moeforge.train.metrics import MetricsLog, Row, distribution_rows, router_rows
 from moeforge.train.micro_batches import Lazy, MicroBatches, TrainData, targets_and_tokens
@@ -208,10 +212,20 @@ class Trainer:
             self.saver.wait()
         if log is not None:
             log.close()
+        self._write_traffic()
         interrupted = (signals.caught or "a signal on another rank") if cut_short else None
         result = replace(read_result(self.run_dir), steps=self.step, tokens=self.tokens, interrupted=interrupted)
         found: TrainResult = self.mesh.world.all_gather_object(result if first else None)[0]
         return found
+
+    def _write_traffic(self) -> None:
+        """traffic.json: bytes that all ranks have sent in this process's life, by group, operation and link."""
+        total: Counter[Route] = Counter()
+        for sent in self.mesh.world.all_gather_object(self.mesh.traffic.sent):
+            total.update(sent)
+        if self.mesh.rank == 0 and total:
+            rows = [{**route._asdict(), "bytes": size} for route, size in sorted(total.items())]
+            write_whole(self.run_dir / "traffic.json", json.dumps(rows, indent=1) + "\n")
 
     def _stopped(self, signals: Signals) -> bool:
         """Whether a signal has reached any rank: all of them must leave the loop at the same step."""
@@ -231,8 +245,9 @@ class Trainer:
         targets = self.mesh.dp.all_reduce(targets_and_tokens(batches).to(self.mesh.device))[0]
         return EvalResult.of(self._over_ranks(loss).item(), int(targets)).loss
 
-    def save(self) -> None:
-        """Write a checkpoint of the current step; it goes on being written while training continues."""
+    def save(self) -> Path:
+        """Write a checkpoint of the current step, and return where it will be: it goes on being written while training
+        continues (`saver.wait`)."""
         state = TrainerState(
             self.step,
             self.position,
@@ -242,7 +257,8 @@ class Trainer:
             self.config.model_dump(mode="json"),
             self.model_config.to_dict(),
         )
-        self.saver.save(self.run_dir, self.optimizer.entries(), state, self.config.checkpoint.keep, self.mesh)
+        entries, keep = self.optimizer.entries(), self.config.checkpoint.keep
+        return self.saver.save(self.run_dir, entries, state, keep, self.mesh)
 
     def save_final(self) -> Path:
         """Write run_dir/final: the trained model as a Hugging Face directory. Signals wait until it is there."""

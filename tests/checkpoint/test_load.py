@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from moeforge.checkpoint import load_model, open_checkpoint, save_model
+from moeforge.checkpoint import Checkpoint, load_model, load_part, open_checkpoint, save_model
 from moeforge.config.model import ModelConfig, MoEConfig
 from moeforge.errors import RunError, UserError
 from moeforge.model import Transformer
@@ -121,3 +121,65 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(RunError, match=r"needs .* GB of disk, 0\.0 GB are available; nothing was written"):
         save_model(_model(), tmp_path / "out")
     assert not any(tmp_path.iterdir())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    view: tuple[int, ...]
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def test_a_part_is_cut_and_nothing_else_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model(moe=dataclasses.replace(EXPERTS, layer_frequency=2))
+    save_model(model, tmp_path / "out")
+    whole, asked = model.state_dict(), list[str]()
+    stored = Checkpoint.tensor
+
+    def tensor(self: Checkpoint, name: str) -> torch.Tensor:
+        asked.append(name)
+        return stored(self, name)
+
+    opened = open_checkpoint(tmp_path / "out")
+    monkeypatch.setattr(Checkpoint, "tensor", tensor)
+    parts = {
+        "layers.1.ffn.experts.w13": _Part((5, 2, 24, 32), (3, 0, 8, 0), (2, 2, 7, 32), (2, 14, 32)),
+        "layers.3.ffn.experts.w2": _Part((5, 32, 24), (2, 0, 5), (1, 32, 19), (1, 32, 19)),
+        "layers.3.ffn.experts.w13": _Part((5, 2, 24, 32), (5, 0, 0, 0), (0, 2, 24, 32), (0, 48, 32)),
+        "layers.2.ffn.w13.weight": _Part((2, 48, 32), (0, 16, 0), (2, 32, 32), (64, 32)),
+        "layers.2.attention.o.weight": _Part((32, 64), (0, 32), (32, 32), (32, 32)),
+        "head.norm.weight": _Part((32,), (0,), (32,), (32,)),
+    }
+    found = load_part(opened, parts, torch.float64)
+    experts = whole["layers.1.ffn.experts.w13"].view(5, 2, 24, 32)[3:, :, 8:15].reshape(2, 14, 32)
+    expected = {
+        "layers.1.ffn.experts.w13": experts,
+        "layers.3.ffn.experts.w2": whole["layers.3.ffn.experts.w2"][2:3, :, 5:],
+        "layers.3.ffn.experts.w13": torch.empty(0, 48, 32),
+        "layers.2.ffn.w13.weight": whole["layers.2.ffn.w13.weight"].view(2, 48, 32)[:, 16:].reshape(64, 32),
+        "layers.2.attention.o.weight": whole["layers.2.attention.o.weight"][:, 32:],
+        "head.norm.weight": whole["head.norm.weight"],
+    }
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert found[name].is_contiguous() and torch.equal(found[name], weight.double()), name
+    block = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
+    assert sorted(asked) == sorted([
+        *(block.format(1, e, w) for e in (3, 4) for w in ("w1", "w3")), block.format(3, 2, "w2"),
+        "model.layers.2.mlp.gate_proj.weight", "model.layers.2.mlp.up_proj.weight",
+        "model.layers.2.self_attn.o_proj.weight", "model.norm.weight",
+    ])  # fmt: skip
+    found["head.norm.weight"].zero_()
+    assert open_checkpoint(tmp_path / "out").tensor("model.norm.weight").abs().sum() > 0
+
+
+def test_nan_in_a_part_is_named(tmp_path: Path) -> None:
+    model = _model()
+    with torch.no_grad():
+        model.get_parameter("head.norm.weight")[3] = float("nan")
+    save_model(model, tmp_path / "out")
+    with pytest.raises(UserError, match=r"model\.norm\.weight: .*NaN weights"):
+        load_part(
+            open_checkpoint(tmp_path / "out"), {"head.norm.weight": _Part((32,), (0,), (9,), (9,))}, torch.float32
+        )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeforge.checkpoint import canonical_shapes, fuse, unfuse
+from moeforge.checkpoint import canonical_shapes, fuse, fused_names, fused_weight, unfuse
 from moeforge.config.model import ModelConfig, MoEConfig
 from moeforge.model import Transformer
 
@@ -75,3 +75,28 @@ def test_a_group_holds_its_query_heads_then_its_key_then_its_value() -> None:
         assert torch.equal(qkv[group, :3], q[3 * group : 3 * group + 3])
         assert torch.equal(qkv[group, 3], k[group])
         assert torch.equal(qkv[group, 4], v[group])
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_one_weight_asks_for_what_it_is_made_of_and_nothing_else(case: str) -> None:
+    config, asked = _config(case), list[str]()
+    weights = _weights(config)
+
+    def tensor(name: str) -> Tensor:
+        asked.append(name)
+        return weights[name]
+
+    for name, expected in fuse(config, weights.__getitem__):
+        assert torch.equal(fused_weight(config, name, tensor), expected)
+    assert sorted(asked) == sorted(weights)
+    assert list(fused_names(config)) == [name for name, _ in fuse(config, weights.__getitem__)]
+
+
+def test_of_stacked_experts_only_those_asked_for_are_read() -> None:
+    config = _config("experts")
+    weights = _weights(config)
+    whole = dict(fuse(config, weights.__getitem__))
+    others = [name for name in weights if ".experts.0." in name]
+    some = {name: weight for name, weight in weights.items() if name not in others}
+    for name in ("layers.1.ffn.experts.w13", "layers.1.ffn.experts.w2"):
+        assert torch.equal(fused_weight(config, name, some.__getitem__, (1, 3)), whole[name][1:])

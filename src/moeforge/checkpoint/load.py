@@ -17,6 +17,7 @@ from moeforge.checkpoint.opened import Checkpoint
 from moeforge.checkpoint.source import check_finite
 from moeforge.checkpoint.writer import ShardWriter, partial_directory, require_disk_space, require_free_directory
 from moeforge.config.model import ModelConfig
+from moeforge.errors import UserError
 from moeforge.layout import Layout
 from moeforge.model import Transformer
 
@@ -128,9 +129,13 @@ def write_model(
     # Weights of an earlier moment must not be taken for these.
     shutil.rmtree(partial_directory(directory), ignore_errors=True)
     writer = ShardWriter(directory, config, job="write_model")
-    with torch.no_grad():
-        for name, tensor in unfuse(config, weight):
-            writer.add(name, tensor)
+    try:
+        with torch.no_grad():
+            for name, tensor in unfuse(config, weight):
+                writer.add(name, tensor)
+    except UserError:  # of `weight`, which would not give it the next time either
+        shutil.rmtree(writer.partial, ignore_errors=True)
+        raise
     if tokenizer_from is not None:
         source = tokenizer_from if isinstance(tokenizer_from, Checkpoint) else open_checkpoint(tokenizer_from)
         source.copy_tokenizer(writer.partial)

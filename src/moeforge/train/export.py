@@ -28,8 +28,8 @@ def export_checkpoint(
     state = load_trainer_state(checkpoint)
     try:
         config, dtype = ModelConfig.from_dict(state.model), MODEL_DTYPE[state.config["model"]["precision"]]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{checkpoint / 'trainer.json'}: lacks {error}; use another checkpoint") from error
+    except (UserError, KeyError, TypeError) as error:
+        raise UserError(f"{checkpoint / 'trainer.json'}: damaged ({error}); use another checkpoint") from error
     tokenizer = _tokenizer(state, checkpoint, tokenizer_from)
     saved = SavedState(checkpoint)
     with torch.device("meta"):

@@ -134,7 +134,7 @@ def test_a_run_on_a_small_disk(
     line = fails(["train", str(file)])
     assert "cannot save the checkpoint of step 2" in line and "no checkpoint was saved before" in line
     assert names(disk / "run" / "checkpoints") == []
-    assert len(losses(disk / "run")) == 2
+    assert 2 <= len(losses(disk / "run")) <= 4  # the save is under way while training goes on
 
 
 def test_a_disk_without_any_room(

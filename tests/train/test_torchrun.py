@@ -128,9 +128,9 @@ def test_a_rank_that_stands_still_is_named(
 @pytest.mark.parametrize(
     ("parallel", "message"),
     [
-        ({"tp": 3}, "parallel.pp x tp = 1 x 3: must divide the number of processes, 2"),
+        ({"tp": 3}, "parallel.tp = 3"),
         ({"pp": 2, "schedule": "zbv"}, 'parallel.schedule = "zbv"'),
-        ({"pp": 2, "stages": [1, 2]}, "parallel.stages = 1, 2: must sum to the model's 2 layers"),
+        ({"pp": 2, "stages": [1, 2]}, "parallel.stages = [1, 2]: must sum to the model's 2 layers"),
     ],
 )
 def test_bad_input_is_one_message_and_no_hang(

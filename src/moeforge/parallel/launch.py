@@ -44,7 +44,14 @@ def initialise(device: torch.device, timeout_seconds: float) -> None:
         raise UserError(f"WORLD_SIZE = {world_size()}: {missing[0]} is not set; start the processes with torchrun")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # Later than the watchdog, which can name who is late.
-    dist.init_process_group(backend, timeout=timedelta(seconds=2 * timeout_seconds + 60))
+    timeout = timedelta(seconds=2 * timeout_seconds + 60)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    # torchrun may keep one store through its restarts: the addresses of the former processes must not be found.
+    dist.init_process_group(
+        backend, store=_agent_store("ranks"), rank=world_rank(), world_size=world_size(), timeout=timeout
+    )
 
 
 def start_watchdog(timeout_seconds: float) -> Watchdog:
@@ -52,11 +59,16 @@ def start_watchdog(timeout_seconds: float) -> Watchdog:
     be busy waiting. Without torchrun it only notes what is being done."""
     watchdog = Watchdog()
     if dist.is_initialized() and "MASTER_ADDR" in os.environ:
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
-        store = dist.TCPStore(address, port, wait_for_workers=False, timeout=timedelta(seconds=30))
-        watchdog.start(dist.PrefixStore(f"moeforge/{attempt}", store), world_rank(), world_size(), timeout_seconds)
+        watchdog.start(_agent_store("watchdog"), world_rank(), world_size(), timeout_seconds)
     return watchdog
+
+
+def _agent_store(purpose: str) -> dist.Store:
+    """A connection of its own to the store at MASTER_ADDR, under names of this attempt."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=300))
+    return dist.PrefixStore(f"moeforge/{attempt}/{purpose}", store)
 
 
 def shut_down() -> None:

@@ -95,7 +95,7 @@ class _Stage(PipelineStage):
     submod: _StageModule
 
     def __init__(self, *arguments: Any, pp: Group, collect: Callable[[], None], **options: Any) -> None:
-        super().__init__(*arguments, group=pp.process_group, **options)
+        super().__init__(*arguments, **options)
         self._pp, self._collect = pp, collect
         self._complete: set[int] = set()
 
@@ -215,6 +215,7 @@ class Pipeline:
             self.mesh.device,
             input_args=first if module.is_first else hidden,
             output_args=loss if module.is_last else hidden,
+            group=self.mesh.pp.process_group,
             pp=self.mesh.pp,
             collect=self.collect,
         )

@@ -111,6 +111,11 @@ class Saver:
         job.start()
         return job.final
 
+    @property
+    def failed(self) -> bool:
+        """Whether the save under way is known to have failed on this rank; `wait` then says why, on all ranks."""
+        return self._job is not None and self._job.failure is not None
+
     def wait(self) -> None:
         """Until the last save is complete. Raises RunError where it has failed, on all ranks."""
         job, self._job = self._job, None

@@ -228,11 +228,11 @@ class Trainer:
             write_whole(self.run_dir / "traffic.json", json.dumps(rows, indent=1) + "\n")
 
     def _stopped(self, signals: Signals) -> bool:
-        """Whether a signal has reached any rank: all of them must leave the loop at the same step."""
+        """Whether a signal has reached any rank or a save has failed: all must leave the loop at the same step."""
+        stop = signals.caught is not None or self.saver.failed
         if self.mesh.world.size == 1:
-            return signals.caught is not None
-        caught = torch.tensor(float(signals.caught is not None), device=self.mesh.device)
-        return bool(self.mesh.world.all_reduce(caught) > 0)
+            return stop
+        return bool(self.mesh.world.all_reduce(torch.tensor(float(stop), device=self.mesh.device)) > 0)
 
     def evaluate(self) -> float:
         """Mean held-out loss over at most eval.sequences sequences (nats a token). No capacity, no dropped tokens, no

@@ -167,10 +167,15 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, where: str, mo
     with monkeypatch.context() as patch:
         patch.setattr(dcp, where, full)
         saver.save(tmp_path, entries, STATE, 2, mesh)
+        deadline = time.monotonic() + 10
+        while not saver.failed and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert saver.failed
         with pytest.raises(RunError, match="step 3 .the disk is full.*no checkpoint was saved before"):
             saver.wait()
     first = saver.save(tmp_path, entries, STATE, 2, mesh)
     saver.wait()
+    assert not saver.failed
     with monkeypatch.context() as patch:
         patch.setattr(dcp, where, full)
         saver.save(tmp_path, entries, replace(STATE, step=4), 2, mesh)

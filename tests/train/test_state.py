@@ -106,7 +106,8 @@ def load_as(rank: int, layout: str, directory: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("layout", "zero"), [("one", True), ("tp3", True), ("tp3", False), ("pp2 dp2", True), ("etp2 pp2", False)]
+    ("layout", "zero"),
+    [("one", True), ("tp3", True), ("tp3", False), ("pp2 dp2", True), ("pp3", True), ("etp2 pp2", False)],
 )
 def test_every_layout_finds_its_part(run_ranks: RunRanks, tmp_path: Path, layout: str, zero: bool) -> None:
     world = layout_of(layout).world_size

@@ -29,7 +29,7 @@ def batches(path: Path, sequences: int, positions: int, count: int) -> list[Tens
     return [stream[i * need : (i + 1) * need].view(sequences, positions) for i in range(count)]
 
 
-class _Stream:
+class TokenStream:
     """One endless document as training data, cut into the same batches that the other side gets."""
 
     def __init__(self, batches: list[Tensor]) -> None:
@@ -76,7 +76,7 @@ def ours(job: dict[str, Any], data: list[Tensor]) -> StepFunction:
     )
     mesh = Mesh.single(Layout.single(source.config), torch.device("cpu"))
     chunks = load_chunks(source, mesh, MODEL_DTYPE[job["precision"]])
-    trainer = Trainer(config, Path("."), mesh, chunks, source, _Stream(data), None)
+    trainer = Trainer(config, Path("."), mesh, chunks, source, TokenStream(data), None)
     return lambda _: float(trainer.train_step()["loss"])
 
 

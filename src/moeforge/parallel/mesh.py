@@ -2,6 +2,9 @@
 
 Groups are made by the public `torch.distributed.new_group`, by their members alone, so a rank's start does not depend
 on the size of the world; torch's DeviceMesh would need private calls for groups that cut across its dimensions.
+
+Such a group's members find each other by its name, which torch makes from their ranks and the number of groups that the
+rank has already. So every rank must make equally many of them, or later groups never meet.
 """
 
 from __future__ import annotations
@@ -69,6 +72,9 @@ class Mesh:
     ) -> Mesh:
         """Of initialised processes; all ranks call it with the same layout. Groups of the same ranks share one process
         group, except that of `pp`: its transfers between neighbours may overtake collectives."""
+        processes = dist.get_world_size() if dist.is_initialized() else 1
+        if layout.world_size != processes:
+            raise ValueError(f"a layout of {layout.world_size} ranks cannot run on {processes}")
         if layout.world_size == 1:
             return cls.single(layout, device)
         rank = dist.get_rank()
@@ -86,6 +92,9 @@ class Mesh:
                     process_group = dist.new_group(list(ranks), timeout, use_local_synchronization=True)
                     if name != "pp":
                         made[ranks] = process_group
+            elif name == "tied" and len(tied_ranks(layout)) > 1:
+                # The others of this pipeline make one here: see the top of this file.
+                dist.new_group(list(ranks), timeout, use_local_synchronization=True)
             return Group(name, ranks, rank, process_group, traffic, watchdog)
 
         return cls(layout, rank, device, make)

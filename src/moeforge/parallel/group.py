@@ -82,7 +82,7 @@ class Group:
         if x.numel():
             self._count("all_gather", [x.numel() * x.element_size()] * self.size)
             with self._doing("all_gather"):
-                _ALL_GATHER(out, x.contiguous(), group=self.process_group)
+                _ALL_GATHER(_wire(out), _wire(x.contiguous()), group=self.process_group)
         return out
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
@@ -104,8 +104,12 @@ class Group:
 
     def start_all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Pending:
         """`all_to_all` that goes on behind what is computed next, until `Pending.wait`."""
-        if len(send) != self.size or len(receive) != self.size or sum(send) != x.shape[0]:
-            raise ValueError(f"{self.name}: splits {list(send)} and {list(receive)} do not fit {x.shape[0]} rows")
+        fits = len(send) == len(receive) == self.size and sum(send) == x.shape[0] and min(*send, *receive) >= 0
+        if not fits or send[self.index] != receive[self.index]:
+            raise ValueError(
+                f"{self.name}: splits {list(send)} and {list(receive)} do not fit {x.shape[0]} rows on rank "
+                f"{self.index} of {self.size}"
+            )
         if self.size == 1:
             return Pending(x, None, x, self.watchdog, "all_to_all")
         row = x[:1].numel() * x.element_size()
@@ -114,7 +118,7 @@ class Group:
         source = x.contiguous()
         with self._doing("all_to_all"):
             work = dist.all_to_all_single(
-                out, source, list(receive), list(send), group=self.process_group, async_op=True
+                _wire(out), _wire(source), list(receive), list(send), group=self.process_group, async_op=True
             )
         return Pending(out, work, source, self.watchdog, f"all_to_all over {self.name}")
 
@@ -123,20 +127,23 @@ class Group:
         if self.size > 1 and x.numel():
             if self.index == source:
                 self._count("broadcast", [x.numel() * x.element_size()] * self.size)
+            whole = x if x.is_contiguous() else x.contiguous()
             with self._doing("broadcast"):
-                dist.broadcast(x, self.ranks[source], group=self.process_group)
+                dist.broadcast(_wire(whole), self.ranks[source], group=self.process_group)
+            if whole is not x:
+                x.copy_(whole)
         return x
 
     def send(self, x: Tensor, to: int) -> None:
         """Send x to the rank with index `to`, which calls `receive`."""
         self.traffic.count(self.name, "send", self.rank, [self.ranks[to]], [x.numel() * x.element_size()])
         with self._doing("send"):
-            dist.send(x.contiguous(), self.ranks[to], group=self.process_group)
+            dist.send(_wire(x.contiguous()), self.ranks[to], group=self.process_group)
 
     def receive(self, out: Tensor, source: int) -> Tensor:
-        """Fill `out` with what the rank with index `source` sends."""
+        """Fill `out`, which must be contiguous, with what the rank with index `source` sends."""
         with self._doing("receive"):
-            dist.recv(out, self.ranks[source], group=self.process_group)
+            dist.recv(_wire(out), self.ranks[source], group=self.process_group)
         return out
 
     def all_gather_object(self, value: Any) -> list[Any]:
@@ -162,3 +169,8 @@ class Group:
 
     def _count(self, operation: str, sizes: Sequence[int]) -> None:
         self.traffic.count(self.name, operation, self.rank, self.ranks, sizes)
+
+
+def _wire(x: Tensor) -> Tensor:
+    """What travels: gloo moves no float8, but bytes."""
+    return x.view(torch.uint8) if x.dtype.is_floating_point and x.element_size() == 1 else x

@@ -100,8 +100,7 @@ class Saver:
         """
         self.wait()
         if mesh.world.size > 1 and self._group is None:
-            ranks = list(mesh.world.ranks)
-            self._group = dist.new_group(ranks, _TIMEOUT, backend="gloo", use_local_synchronization=True)
+            self._group = dist.new_group(timeout=_TIMEOUT, backend="gloo")
         job = _Job(run_dir, state, keep, mesh, self._group)
         with mesh.watchdog.paused():
             self._raise(job.begin() if mesh.rank == 0 else None)

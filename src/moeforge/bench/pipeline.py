@@ -28,7 +28,8 @@ from moeforge.train.run import load_chunks
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
-    """Keys of `job`: model, tokens (files), precision, positions, micro_batches, pairs. Returns medians and all times."""
+    """Keys of `job`: model and tokens (files), precision, positions, micro_batches, pairs. Returns medians and all
+    times."""
     torch.set_num_threads(1)
     launch.initialise(torch.device("cpu"), 600)
     source = open_checkpoint(job["model"])

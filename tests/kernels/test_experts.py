@@ -15,7 +15,7 @@ def problem(sizes: list[int], dtype: torch.dtype, seed: int = 0, d: int = D, f: 
     torch.manual_seed(seed)
     e = len(sizes)
     x = torch.randn(sum(sizes), d)
-    w13, w2 = torch.randn(e, 2 * f, d) / d**0.5, torch.randn(e, d, f) / f**0.5
+    w13, w2 = torch.randn(e, 2 * f, d) / d**0.5, torch.randn(e, d, f) / max(f, 1) ** 0.5
     leaves = [y.to(dtype).requires_grad_() for y in (x, w13, w2)]
     return [*leaves, torch.tensor(sizes).cumsum(0).to(torch.int32)]
 
@@ -102,3 +102,13 @@ def test_frozen_inputs() -> None:
     w13.requires_grad_(False)
     expert_mlp(x.detach(), w13, w2, offsets).sum().backward()
     assert w2.grad is not None and w13.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_no_columns_is_zero(dtype: torch.dtype) -> None:
+    # A rank of a column split may hold none of a narrow expert; grouped_mm refuses that.
+    x, w13, w2, offsets = problem([2, 0, 3], dtype, f=0)
+    out = expert_mlp(x, w13, w2, offsets)
+    assert torch.equal(out, torch.zeros_like(x))
+    out.sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x)) and w13.grad.shape == w13.shape and w2.grad.shape == w2.shape

@@ -50,9 +50,9 @@ def expert_mlp(x_RD: Tensor, w13: Tensor, w2: Tensor, offsets_E: Tensor) -> Tens
 
     x_RD [R, D] sorted by expert, w13 [E, 2F, D] gate rows first, w2 [E, D, F], offsets_E int32 [E] end rows, the
     last one R. float64 takes the reference loop, and so does what `grouped_mm` refuses: widths that are not
-    multiples of 16 bytes, no rows.
+    multiples of 16 bytes, no rows, no columns.
     """
     aligned = (x_RD.shape[1] * x_RD.element_size()) % 16 == 0 and (w2.shape[2] * w2.element_size()) % 16 == 0
-    if x_RD.dtype in _GROUPED_DTYPES and aligned and x_RD.shape[0]:
+    if x_RD.dtype in _GROUPED_DTYPES and aligned and x_RD.shape[0] and w2.shape[2]:
         return _ExpertMLP.apply(x_RD, w13, w2, offsets_E)
     return expert_mlp_reference(x_RD, w13, w2, offsets_E)

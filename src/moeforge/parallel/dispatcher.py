@@ -5,6 +5,7 @@ Legend: t own tokens, K top-k, S rows sent, R rows received, E experts, e local 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -71,15 +72,16 @@ class AllToAllDispatcher:
         num_experts: int,
         experts: ExpertFunction,
     ) -> Tensor:
-        size = max(1, -(-len(x_TD) // self.chunks))
-        x, weights, chosen = (each.split(size) for each in (x_TD, weights_TK, experts_TK))
-        kept: tuple[Tensor | None, ...] = (None,) * len(x) if kept_TK is None else kept_TK.split(size)
+        # As many chunks on every rank, however few the tokens: empty ones take part.
+        x, weights, chosen = (each.tensor_split(self.chunks) for each in (x_TD, weights_TK, experts_TK))
+        kept: Sequence[Tensor | None] = [None] * len(x) if kept_TK is None else kept_TK.tensor_split(self.chunks)
         held = [shard.experts[layer] for shard in self.shards]
         counts_bcE = self._exchange_counts(chosen, kept, num_experts)
+        on_host = counts_bcE.cpu()  # the only wait for the device
         chunks: list[_Chunk] = []
         for i in range(len(x)):
             permutation = expert_permutation(chosen[i], num_experts, kept[i], alignment=1)
-            chunks.append(self._plan(counts_bcE[:, i], held, weights[i], permutation))
+            chunks.append(self._plan(counts_bcE[:, i], on_host[:, i], held, weights[i], permutation))
 
         own_begin, own_end = held[self.block.index]
         under_way, returning = [_send(chunks[0], x[0])], []
@@ -92,30 +94,33 @@ class AllToAllDispatcher:
         outputs = [self._combine(chunk, back) for chunk, back in zip(chunks, returning, strict=True)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _exchange_counts(self, chosen: tuple[Tensor, ...], kept: tuple[Tensor | None, ...], num_experts: int) -> Tensor:
-        """Rows that every rank sends to every expert [b, c, E], on the host: the only wait for the device."""
+    def _exchange_counts(self, chosen: Sequence[Tensor], kept: Sequence[Tensor | None], num_experts: int) -> Tensor:
+        """Rows that every rank sends to every expert, chunk by chunk: [b, c, E]."""
         counts = []
         for experts_tK, kept_tK in zip(chosen, kept, strict=True):
             flat = experts_tK.reshape(-1)
             ones = torch.ones_like(flat) if kept_tK is None else kept_tK.reshape(-1).to(flat.dtype)
             counts.append(flat.new_zeros(num_experts).scatter_add_(0, flat, ones))
-        return self.block.all_gather(torch.stack(counts)[None]).cpu()
+        return self.block.all_gather(torch.stack(counts)[None])
 
     def _plan(
-        self, counts_bE: Tensor, held: list[tuple[int, int]], weights_tK: Tensor, permutation: Permutation
+        self,
+        counts_bE: Tensor,
+        on_host_bE: Tensor,
+        held: list[tuple[int, int]],
+        weights_tK: Tensor,
+        permutation: Permutation,
     ) -> _Chunk:
-        own = counts_bE[self.block.index]
-        starts = torch.cat([own.new_zeros(1), own.cumsum(0)]).tolist()
+        starts = [0, *on_host_bE[self.block.index].cumsum(0).tolist()]
         send = [starts[end] - starts[begin] for begin, end in held]
         begin, end = held[self.block.index]
-        arriving_be = counts_bE[:, begin:end]
-        receive = arriving_be.sum(1).tolist()
-        device = weights_tK.device
-        local_e = torch.arange(end - begin).repeat(len(held))
-        local_R = local_e.repeat_interleave(arriving_be.reshape(-1)).to(device)
+        receive = on_host_bE[:, begin:end].sum(1).tolist()
+        device = counts_bE.device
+        local_e = torch.arange(end - begin, device=device).repeat(len(held))
+        local_R = local_e.repeat_interleave(counts_bE[:, begin:end].reshape(-1), output_size=sum(receive))
         sent_S = None
         if self.etp > 1:
-            sent_S = torch.cat([torch.arange(starts[begin], starts[end]) for begin, end in held]).to(device)
+            sent_S = torch.cat([torch.arange(starts[begin], starts[end], device=device) for begin, end in held])
         there, back = Exchange(self.block, send, receive), Exchange(self.block, receive, send)
         return _Chunk(weights_tK, permutation, sent_S, starts[-1], local_R, there, back)
 
@@ -169,6 +174,7 @@ class AllGatherDispatcher:
         experts: ExpertFunction,
     ) -> Tensor:
         begin, end = self.held[layer]
+        # Here T are the tokens of the whole block.
         x_TD, weights_TK = GatherRows.apply(x_TD, self.block), GatherRows.apply(weights_TK, self.block)
         # A dropped assignment is no expert's.
         experts_TK = experts_TK if kept_TK is None else experts_TK.where(kept_TK, num_experts)
@@ -176,8 +182,24 @@ class AllGatherDispatcher:
         if begin == end:  # nothing to add, and still part of the graph, so that backward meets the others
             part_TD = torch.zeros_like(x_TD) + (x_TD[:0].sum() + weights_TK[:0].sum())
         else:
-            mine = (experts_TK >= begin) & (experts_TK < end)
-            local = (experts_TK - begin).where(mine, 0)
-            part_TD = LocalDispatcher().route(layer, x_TD, weights_TK, local, mine, end - begin, experts)
+            mine_TK = (experts_TK >= begin) & (experts_TK < end)
+            local_TK = (experts_TK - begin).where(mine_TK, 0)
+            alignment = row_alignment(x_TD.dtype)
+            permutation = _cut(expert_permutation(local_TK, end - begin, mine_TK, alignment), mine_TK, alignment)
+            y_RD = experts(gather(x_TD, permutation), permutation.offsets_E)
+            part_TD = combine(y_RD, weights_TK.where(mine_TK, 0.0), permutation)
         out: Tensor = ScatterSum.apply(part_TD, self.block)
         return out
+
+
+def _cut(permutation: Permutation, kept_TK: Tensor, alignment: int) -> Permutation:
+    """`permutation` without needless padding.
+
+    On GPUs its buffer has room for every assignment of every rank, lest the host wait, and the last expert would
+    compute all of it; few of them are this rank's, so that waiting is cheaper.
+    """
+    used = int(permutation.row_TK.where(kept_TK, -1).max()) + 1
+    rows = -(-used // alignment) * alignment + alignment  # the last ones are what dropped assignments share
+    return Permutation(
+        permutation.source_R[:rows], permutation.row_TK.clamp_max(rows - 1), permutation.offsets_E.clamp_max(rows)
+    )

@@ -69,6 +69,7 @@ def test_resume_gives_the_same_losses_bit_for_bit(source: Source, make_config: M
     for _ in range(3):
         part.train_step()
     part.save()
+    part.saver.wait()
     for _ in range(2):  # lost by the kill
         part.train_step()
     del part  # and with it the lock on its directory

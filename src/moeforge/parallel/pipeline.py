@@ -7,6 +7,7 @@ number. The stage with the head computes the loss inside its forward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -52,18 +53,19 @@ def share_tied(chunks: Sequence[Transformer]) -> None:
 
 
 class _StageModule(nn.Module):
-    """What torch's stage calls: one chunk of the model on the micro-batch with number `index`."""
+    """What torch's stage calls: one chunk of the model on `batch`, one of `batches`."""
 
     def __init__(self, chunk: Transformer, mesh: Mesh, stage: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.chunk, self.mesh, self.dtype = chunk, mesh, dtype
         self.is_first, self.is_last = stage == 0, stage == len(mesh.layout.stages) - 1
         self.batches: Sequence[MicroBatch] = ()
-        self.index = 0
+        self.batch: MicroBatch | None = None
         self.losses: list[Tensor] = []
 
     def forward(self, received: Tensor) -> Tensor:
-        batch = self.batches[self.index]
+        batch = self.batch
+        assert batch is not None
         hidden: Tensor | None = None if self.is_first else received
         if self.is_first and self.chunk.names[:1] != ("embed",):
             hidden = self._nothing(batch)
@@ -87,16 +89,21 @@ class _StageModule(nn.Module):
 
 
 class _Stage(PipelineStage):
-    """torch's stage, told by number which micro-batch it runs, with a full backward where activations are recomputed.
+    """torch's stage, told by number which micro-batch it runs, and with a full backward where a split one is wrong.
 
-    torch's split backward walks the graph once for the inputs and then weight by weight; every walk would recompute.
+    torch's split backward walks the graph once for the inputs and then weight by weight. Every walk would recompute
+    activations; and where a weight is used twice on one path, as a tied embedding and head in one chunk, torch up to
+    2.13 walks a part again that is gone, or counts it double (pytorch issue 180952).
     """
 
     submod: _StageModule
 
-    def __init__(self, *arguments: Any, pp: Group, collect: Callable[[], None], **options: Any) -> None:
+    def __init__(self, *arguments: Any, tokens: int, pp: Group, collect: Callable[[], None], **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._pp, self._collect = pp, collect
+        self._tokens, self._pp, self._collect = tokens, pp, collect
+        chunk = self.submod.chunk
+        tied = chunk.names[:1] == ("embed",) and chunk.head is not None and chunk.head.weight is None
+        self._whole = bool(chunk.recompute) or tied
         self._complete: set[int] = set()
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> Any:
@@ -112,25 +119,35 @@ class _Stage(PipelineStage):
         return sends
 
     def forward_one_chunk(self, fwd_chunk_id: int, *rest: Any, **options: Any) -> Any:
-        self.submod.index = fwd_chunk_id
-        return super().forward_one_chunk(fwd_chunk_id, *rest, **options)
+        batch = self.submod.batch = self.submod.batches[fwd_chunk_id]
+        tokens = len(batch.tokens_T)
+        if tokens != self._tokens:  # of other sizes than its peers expect: gloo would abort them
+            raise ValueError(f"micro-batch {fwd_chunk_id} has {tokens} tokens, the first one {self._tokens}")
+        with self._doing("forward"):
+            return super().forward_one_chunk(fwd_chunk_id, *rest, **options)
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
-        if not full_backward and self.submod.chunk.recompute:
+        if not full_backward and self._whole:
             full_backward = True
             self._complete.add(bwd_chunk_id)
-        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
-        if full_backward:
-            self._collect()
+        with self._doing("backward"):
+            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+            if full_backward:
+                self._collect()
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         if bwd_chunk_id in self._complete:
             self._complete.remove(bwd_chunk_id)
             return
-        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
-        self._collect()
+        with self._doing("backward"):
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+            self._collect()
+
+    def _doing(self, work: str) -> AbstractContextManager[None]:
+        """For the watchdog: a rank that computes makes progress, and is not one of those that wait over pp."""
+        return self._pp.watchdog.doing(f"{work} of stage {self.stage_index}")
 
 
 class Pipeline:
@@ -160,13 +177,11 @@ class Pipeline:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> Tensor:
         layout, pp = self.mesh.layout, self.mesh.pp
-        for module in self.modules:
-            module.batches = batches
         local = torch.empty(0)
-        for index in range(len(batches)):
+        for batch in batches:
             for stage, module in zip(self.mesh.stages, self.modules, strict=True):
-                module.index = index
-                shape = hidden_shape(module.chunk, self.mesh, len(batches[index].tokens_T))
+                module.batch = batch
+                shape = hidden_shape(module.chunk, self.mesh, len(batch.tokens_T))
                 hidden = torch.empty(shape, dtype=self.dtype, device=self.mesh.device)
                 source = layout.pp_rank_of(stage - 1) if stage else None
                 if source is not None:
@@ -181,7 +196,7 @@ class Pipeline:
         for module in self.modules:
             for loss in module.losses:
                 total += loss
-            module.losses, module.batches = [], ()
+            module.losses, module.batches, module.batch = [], (), None
         return total
 
     def _schedule(self, micro_batches: int, tokens: int) -> Any:
@@ -216,6 +231,7 @@ class Pipeline:
             input_args=first if module.is_first else hidden,
             output_args=loss if module.is_last else hidden,
             group=self.mesh.pp.process_group,
+            tokens=tokens,
             pp=self.mesh.pp,
             collect=self.collect,
         )

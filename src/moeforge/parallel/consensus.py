@@ -20,27 +20,35 @@ def _everyone(value: Any) -> list[Any]:
     return found
 
 
+def _report(failure: Exception | None) -> tuple[str, str]:
+    """Kind and message, to be understood on other ranks."""
+    if failure is None:
+        return "", ""
+    if isinstance(failure, UserError | RunError):
+        return ("user" if isinstance(failure, UserError) else "run"), str(failure)
+    return "fault", f"{type(failure).__name__}: {failure}"
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """Run the block on every rank; if it raises on any, raise on all what the lowest failing rank raised.
 
-    For blocks without collectives. A UserError stays one; other ranks' faults become a RunError naming the rank.
+    For blocks without collectives. UserError and RunError stay what they are, another fault becomes a RunError on ranks
+    that have none of their own; the message names the rank unless all failed alike.
     """
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
-    kind = "" if failure is None else "user" if isinstance(failure, UserError) else "fault"
-    reports = _everyone((kind, str(failure)))
-    failed = [rank for rank, (found, _) in enumerate(reports) if found]
-    if not failed:
+    reports = _everyone(_report(failure))
+    first = next((rank for rank, (kind, _) in enumerate(reports) if kind), None)
+    if first is None:
         return
-    kind, message = reports[failed[0]]
-    if failure is not None and (reports.count(reports[failed[0]]) == len(reports) or kind == "fault"):
+    kind, message = reports[first]
+    if failure is not None and (kind == "fault" or len(set(reports)) == 1):
         raise failure
-    where = "" if len(failed) == len(reports) else f"rank {failed[0]}: "
-    raise (UserError if kind == "user" else RunError)(f"{where}{message}")
+    raise (UserError if kind == "user" else RunError)(f"rank {first}: {message}") from failure
 
 
 def require_same(what: str, value: str) -> None:

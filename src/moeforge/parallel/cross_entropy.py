@@ -29,9 +29,9 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         for start in range(0, x_TD.shape[0], _CHUNK):
             part = slice(start, start + _CHUNK)
             logits = x_TD[part] @ weight_vD.t()
-            chunk_loss, grad = _softmax_minus_target(logits, targets_T[part], begin, group, ignore)
+            chunk_loss, grad = _softmax_minus_target(logits, targets_T[part], begin, group, ignore, keep=wanted)
             loss += chunk_loss
-            if grad_x is not None and grad_weight is not None and weight_vD.shape[0]:
+            if grad is not None and grad_x is not None and grad_weight is not None and weight_vD.shape[0]:
                 torch.mm(grad, weight_vD, out=grad_x[part])
                 grad_weight.addmm_(grad.t(), x_TD[part])
         ctx.save_for_backward(grad_x, grad_weight)
@@ -44,9 +44,10 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
 
 def _softmax_minus_target(
-    logits: Tensor, targets: Tensor, begin: int, group: Group, ignore: int
-) -> tuple[Tensor, Tensor]:
-    """Summed loss of logits [R, v] (this rank's columns, from `begin`), and their gradients in the logits' type."""
+    logits: Tensor, targets: Tensor, begin: int, group: Group, ignore: int, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Summed loss of logits [R, v] (this rank's columns, from `begin`), which are overwritten; with `keep` also their
+    gradients, in the logits' type."""
     wide = widen(logits)
     rows, columns = wide.shape
     valid = (targets != ignore).to(wide.dtype).unsqueeze(1)
@@ -59,9 +60,11 @@ def _softmax_minus_target(
         highest, index = wide.new_full((rows, 1), -torch.inf), local
         picked = wide.new_zeros(rows, 1)
     highest = group.maximum_(highest)
-    exponent = (wide - highest).exp()
+    exponent = wide.sub_(highest).exp_()
     total, picked = group.all_reduce(torch.cat([exponent.sum(1, keepdim=True), picked], 1)).split(1, 1)
     loss = ((highest + total.log() - picked) * valid).sum()
+    if not keep:
+        return loss, None
     grad = exponent.mul_(valid / total)
     if columns:
         grad.scatter_add_(1, index, -mine.to(wide.dtype))

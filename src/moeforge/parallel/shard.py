@@ -91,4 +91,4 @@ class TensorParallelShard:
         return filled[begin : begin + self.share]
 
     def reduce_statistics(self, x: Tensor) -> Tensor:
-        return self.dp.all_reduce(x.clone())
+        return x if self.dp.size == 1 else self.dp.all_reduce(x.clone())

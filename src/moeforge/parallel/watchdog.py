@@ -7,6 +7,7 @@ restarts all of them, or ends the job.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -19,20 +20,22 @@ from dataclasses import asdict, dataclass
 import torch.distributed as dist
 
 _BEAT_SECONDS = 1.0
-# A rank whose heartbeat is this old has stopped or died: its thread beats also while the main thread hangs.
-_SILENT_SECONDS = 5.0
+# A rank that writes nothing for so long has stopped or died: its thread beats also while the main thread hangs.
+_SILENT_SECONDS = 60.0
+_NAMED = 8
 
 
-@dataclass
+@dataclass(frozen=True)
 class Progress:
-    """What a rank last wrote: `done` counts finished operations, `operation` is empty between two of them; times are
-    the writing machine's (`since`, of the last change) and `beat`, a counter of heartbeats."""
+    """What a rank last wrote: `done` counts finished operations, `operation` is empty between two of them, `seconds`
+    went by without progress, `paused` where that may take as long as it likes; `beat` counts what it wrote."""
 
     rank: int
     step: int
     done: int
     operation: str
     seconds: float
+    paused: bool
     beat: int
 
 
@@ -52,23 +55,25 @@ class Watchdog:
 
     @contextmanager
     def doing(self, operation: str) -> Iterator[None]:
-        """The main thread is inside `operation`."""
+        """The main thread is inside `operation`; "NAME over GROUP" is one that waits for other ranks."""
         before, self._operation = self._operation, operation
         self._changed = time.monotonic()
-        yield
-        self._operation = before
-        self._done += 1
-        self._changed = time.monotonic()
+        try:
+            yield
+            self._done += 1
+        finally:
+            self._operation = before
+            self._changed = time.monotonic()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """However long this takes, it is no hang."""
+        """However long this takes, it is no hang: neither here nor on the ranks that wait for this one."""
         self._paused += 1
         try:
             yield
         finally:
-            self._paused -= 1
             self._changed = time.monotonic()
+            self._paused -= 1
 
     def at_step(self, step: int) -> None:
         """The optimiser step that begins."""
@@ -80,73 +85,92 @@ class Watchdog:
         arguments = (store, rank, world_size, timeout_seconds)
         self._thread = threading.Thread(target=self._watch, args=arguments, name="watchdog", daemon=True)
         self._thread.start()
+        atexit.register(self.stop)  # a thread inside the store's code while the interpreter ends would abort it
 
     def stop(self) -> None:
-        """No more heartbeats; the process is about to end on its own."""
+        """No more heartbeats; whatever follows may take as long as it likes."""
         self._stop.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout=5.0)
+            atexit.unregister(self.stop)
+
+    def progress(self, rank: int, beat: int) -> Progress:
+        """What the main thread is doing now."""
+        paused = self._paused > 0
+        seconds = 0.0 if paused else time.monotonic() - self._changed
+        return Progress(rank, self._step, self._done, self._operation, seconds, paused, beat)
 
     def _watch(self, store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> None:
-        beat, seen = 0, dict[int, tuple[int, float]]()
-        while not self._stop.wait(min(_BEAT_SECONDS, timeout_seconds / 4)):
+        silence = min(_SILENT_SECONDS, timeout_seconds / 2)
+        beat, before, looked, reachable = 0, dict[int, Progress](), 0.0, True
+        while True:
             beat += 1
-            stuck = 0.0 if self._paused else time.monotonic() - self._changed
-            mine = Progress(rank, self._step, self._done, self._operation, stuck, beat)
+            mine = self.progress(rank, beat)
             try:
-                store.set(f"progress/{rank}", json.dumps(asdict(mine)))
-                # Everyone looks well before the time is up, so as to tell silent ranks from slow ones by then.
-                if stuck > timeout_seconds / 2:
+                if reachable:
+                    store.set(f"progress/{rank}", json.dumps(asdict(mine)))
+                # Two looks, the first before the time is up, tell who is silent; no more, for all ranks look at once.
+                if mine.seconds <= timeout_seconds - silence:
+                    before = {}
+                elif not reachable:
+                    if mine.seconds > timeout_seconds:
+                        _end(timeout_seconds, "the store that ranks write their progress to, which does not answer")
+                elif not before:
+                    before, looked = _read(store, world_size), time.monotonic()
+                elif mine.seconds > timeout_seconds and time.monotonic() - looked >= silence:
                     found = _read(store, world_size)
-                    now = time.monotonic()
-                    for other in found.values():
-                        if seen.get(other.rank, (-1, 0.0))[0] != other.beat:
-                            seen[other.rank] = (other.beat, now)
-                    if stuck > timeout_seconds:
-                        silent = {
-                            r
-                            for r in range(world_size)
-                            if r not in seen or now - seen[r][1] > _silence(timeout_seconds)
-                        }
-                        _report(found, silent, rank, world_size, timeout_seconds)
-                        os._exit(1)
-            except (RuntimeError, dist.DistError):  # the store is gone: torchrun is ending the job
+                    silent = {r for r in range(world_size) if _beat(found, r) == _beat(before, r)} - {rank}
+                    # What is paused and alive will come: everybody waits for it.
+                    if silent or not any(each.paused for each in found.values()):
+                        _report(store, found, silent, rank, timeout_seconds)
+                    before, looked = found, time.monotonic()
+            except RuntimeError:  # torch's errors about stores are
+                reachable = False
+            if self._stop.wait(min(_BEAT_SECONDS, timeout_seconds / 8)):
                 return
 
 
-def _silence(timeout_seconds: float) -> float:
-    return min(_SILENT_SECONDS, timeout_seconds / 3)
-
-
 def _read(store: dist.Store, world_size: int) -> dict[int, Progress]:
-    found = {}
-    for rank in range(world_size):
-        if store.check([f"progress/{rank}"]):
-            found[rank] = Progress(**json.loads(store.get(f"progress/{rank}")))
-    return found
+    keys = [f"progress/{rank}" for rank in range(world_size)]
+    if not store.check(keys):  # getting a missing one would wait for it
+        keys = [key for key in keys if store.check([key])]
+    return {found.rank: found for found in (Progress(**json.loads(text)) for text in store.multi_get(keys))}
 
 
-def _report(found: dict[int, Progress], silent: set[int], rank: int, world_size: int, timeout_seconds: float) -> None:
-    """One line on stderr, from the lowest rank that can still speak."""
-    if rank != min(set(range(world_size)) - silent, default=rank):
+def _beat(found: dict[int, Progress], rank: int) -> int:
+    return found[rank].beat if rank in found else 0
+
+
+def _report(store: dist.Store, found: dict[int, Progress], silent: set[int], rank: int, timeout_seconds: float) -> None:
+    """End this process; the first rank that gets here says why."""
+    if store.compare_set("reported", "", str(rank)) != str(rank).encode():
         time.sleep(1.0)  # the line first, then the ends of processes that make torchrun end all
-        return
-    culprits = _culprits(found, silent, world_size)
+        os._exit(1)
+    if silent:
+        culprits = [f"rank {r}: {_last(found.get(r))}, no heartbeat since" for r in sorted(silent)]
+    else:
+        culprits = [f"rank {p.rank}: {_last(p)}, for {p.seconds:.0f} s" for p in _holding_up(found, timeout_seconds)]
+    if len(culprits) > _NAMED:
+        culprits[_NAMED:] = [f"and {len(culprits) - _NAMED} more"]
+    _end(timeout_seconds, "; ".join(culprits))
+
+
+def _end(timeout_seconds: float, culprits: str) -> None:
+    """One line on stderr; no clean-up, which could hang as well."""
     print(
         f"moeforge: error: no progress for {timeout_seconds:g} seconds (parallel.hang_timeout_seconds); waiting for "
-        + "; ".join(culprits),
+        f"{culprits}",
         file=sys.stderr,
         flush=True,
     )
+    os._exit(1)
 
 
-def _culprits(found: dict[int, Progress], silent: set[int], world_size: int) -> list[str]:
-    if silent:
-        return [f"rank {rank}: {_last(found.get(rank))}, no heartbeat since" for rank in sorted(silent)]
-    # Ranks inside a collective wait for those that are not; among equals, for those that have done the least.
-    outside = [each for each in found.values() if " over " not in each.operation] or list(found.values())
-    least = min(each.done for each in outside)
-    return [f"rank {each.rank}: {_last(each)}, for {each.seconds:.0f} s" for each in outside if each.done == least]
+def _holding_up(found: dict[int, Progress], timeout_seconds: float) -> list[Progress]:
+    """Ranks inside a collective wait for those that are not; if all are inside, for those that have done the least."""
+    outside = [p for p in found.values() if " over " not in p.operation and p.seconds > timeout_seconds / 2]
+    least = min((p.step, p.done) for p in found.values())
+    return outside or [p for p in found.values() if (p.step, p.done) == least]
 
 
 def _last(progress: Progress | None) -> str:

@@ -126,7 +126,7 @@ class Watchdog:
                     before, looked = found, time.monotonic()
             except RuntimeError:  # torch's errors about stores are
                 reachable = False
-            if self._stop.wait(min(_BEAT_SECONDS, timeout_seconds / 8)):
+            if self._stop.wait(_interval(timeout_seconds)):
                 return
 
 
@@ -144,8 +144,7 @@ def _beat(found: dict[int, Progress], rank: int) -> int:
 def _report(store: dist.Store, found: dict[int, Progress], silent: set[int], rank: int, timeout_seconds: float) -> None:
     """End this process; the first rank that gets here says why."""
     if store.compare_set("reported", "", str(rank)) != str(rank).encode():
-        time.sleep(1.0)  # the line first, then the ends of processes that make torchrun end all
-        os._exit(1)
+        _end(timeout_seconds)
     if silent:
         culprits = [f"rank {r}: {_last(found.get(r))}, no heartbeat since" for r in sorted(silent)]
     else:
@@ -155,15 +154,22 @@ def _report(store: dist.Store, found: dict[int, Progress], silent: set[int], ran
     _end(timeout_seconds, "; ".join(culprits))
 
 
-def _end(timeout_seconds: float, culprits: str) -> None:
-    """One line on stderr; no clean-up, which could hang as well."""
-    print(
-        f"moeforge: error: no progress for {timeout_seconds:g} seconds (parallel.hang_timeout_seconds); waiting for "
-        f"{culprits}",
-        file=sys.stderr,
-        flush=True,
-    )
+def _end(timeout_seconds: float, culprits: str = "") -> None:
+    """One line on stderr if there is something to say; no clean-up, which could hang as well."""
+    if culprits:
+        print(
+            f"moeforge: error: no progress for {timeout_seconds:g} seconds (parallel.hang_timeout_seconds); waiting "
+            f"for {culprits}",
+            file=sys.stderr,
+            flush=True,
+        )
+    # The others end by themselves meanwhile, not by errors about connections to this process.
+    time.sleep(3 * _interval(timeout_seconds))
     os._exit(1)
+
+
+def _interval(timeout_seconds: float) -> float:
+    return min(_BEAT_SECONDS, timeout_seconds / 8)
 
 
 def _holding_up(found: dict[int, Progress], timeout_seconds: float) -> list[Progress]:

@@ -184,7 +184,9 @@ def test_real_collectives_that_wait_for_a_sleeping_rank(ranks: Ranks) -> None:
                 dist.all_reduce(torch.ones(1))
 
     ranks.start(3, body)
-    assert ranks.codes({0, 1, 2}) == {0: 1, 1: 1, 2: 1}
+    codes = ranks.codes({0, 1, 2})
+    # On a busy machine one may lose its connection just before its own time is up, and end by gloo's error.
+    assert codes.keys() == {0, 1, 2} and all(codes.values())
     (line,) = ranks.lines()
     assert "waiting for rank 1: step 2, reading data" in line
 

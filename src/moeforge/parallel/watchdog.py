@@ -163,7 +163,7 @@ def _end(timeout_seconds: float, culprits: str = "") -> None:
             file=sys.stderr,
             flush=True,
         )
-    # The others end by themselves meanwhile, not by errors about connections to this process.
+    # Time for the others to end by themselves, rather than by errors about connections to this process.
     time.sleep(3 * _interval(timeout_seconds))
     os._exit(1)
 

@@ -24,16 +24,20 @@ Source = Callable[..., Path]
 EXACT = ("step", "loss", "grad_norm", "lr", "moe")
 
 
-def start(config: TrainConfig, path: Path, ranks: int, *options: str, restarts: int = 0) -> subprocess.Popen[str]:
-    """`torchrun -m moeforge train`, in a process group of its own."""
-    path.write_text(dump_config(config))
+def torchrun(program: list[str], ranks: int, restarts: int = 0) -> subprocess.Popen[str]:
+    """`program` in `ranks` processes, all in a process group of their own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += ["--max-restarts", str(restarts), "--monitor-interval", "0.2", "-m", "moeforge", "train", str(path)]
+    command += ["--max-restarts", str(restarts), "--monitor-interval", "0.2", *program]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     return subprocess.Popen(
-        [*command, "--json", *options], text=True, env=environment, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        command, text=True, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def start(config: TrainConfig, path: Path, ranks: int, restarts: int = 0) -> subprocess.Popen[str]:
+    """`torchrun -m moeforge train`."""
+    path.write_text(dump_config(config))
+    return torchrun(["-m", "moeforge", "train", str(path), "--json"], ranks, restarts)
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 150) -> tuple[int, str, str]:
@@ -100,10 +104,7 @@ def test_killed_ranks_end_in_a_resumed_run_with_exact_losses(source: Source, mak
     assert exact_rows(cut) == exact_rows(whole)
 
 
-@pytest.mark.parametrize("blow", [signal.SIGSTOP])
-def test_a_rank_that_stands_still_is_named(
-    blow: signal.Signals, source: Source, make_config: Make, tmp_path: Path
-) -> None:
+def test_a_rank_that_stands_still_is_named(source: Source, make_config: Make, tmp_path: Path) -> None:
     config = make_config(
         source(), train={"steps": 5000}, eval={"every": 0}, checkpoint={"every": 0},
         parallel={"tp": 2, "hang_timeout_seconds": 6.0},
@@ -111,7 +112,7 @@ def test_a_rank_that_stands_still_is_named(
     process = start(config, tmp_path / "config.toml", 2)
     wait_for_step(config, 3, process)
     stopped = rank_pids(process)[1]
-    os.kill(stopped, blow)
+    os.kill(stopped, signal.SIGSTOP)
     began = time.monotonic()
     deadline = began + 40
     # torchrun waits for a stopped process as long as it likes; the message is what matters, and that rank 0 ends.
@@ -141,6 +142,20 @@ def test_bad_input_is_one_message_and_no_hang(
     assert code != 0 and not out
     assert len(lines) == 1 and message in lines[0], err[-2000:]
     assert not Path(tmp_path / "run").exists()
+
+
+def test_a_rank_that_fails_before_it_has_joined_says_why(source: Source, make_config: Make, tmp_path: Path) -> None:
+    """As on a machine where the training file is missing."""
+    config, path = make_config(source(), parallel={"dp": 2}), tmp_path / "config.toml"
+    path.write_text(dump_config(config))
+    script = tmp_path / "rank.sh"
+    there = f"exec {sys.executable} -m moeforge train"
+    script.write_text(f'#!/bin/sh\nif [ "$RANK" = 1 ]; then {there} {tmp_path}/missing.toml; fi\n{there} {path}\n')
+    script.chmod(0o755)
+    code, out, err = finish(torchrun(["--no-python", str(script)], 2), 90)
+    lines = [line for line in err.splitlines() if "moeforge: error" in line]
+    assert code != 0 and not out
+    assert any("rank 1: " in line and "missing.toml" in line for line in lines), err[-2000:]
 
 
 def test_ranks_with_different_configurations_are_refused(source: Source, make_config: Make, run_ranks: Any) -> None:

@@ -9,6 +9,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     launch.initialise(torch.device("cpu"), 600)
     source = open_checkpoint(job["model"])
     dtype = MODEL_DTYPE[job["precision"]]
-    world = Mesh.create(layout_for(_config(job, []), source.config, 2), torch.device("cpu")).world
+    world = Mesh.create(layout_for(pipeline_config(job, []), source.config, 2), torch.device("cpu")).world
     own = unit_times(source.config, dtype, 1, job["positions"], meet=world.barrier)
     everyone = world.all_gather_object(own)
     units = [_mean(each) for each in zip(*everyone, strict=True)]
@@ -44,7 +45,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     cuts = {"uniform": 1 + 2 * first, "planned": best_boundaries(units, 2, m)[0]}
     stages = {name: stage_times(units, (cut,)) for name, cut in cuts.items()}
     predicted = {name: one_f_one_b(times, m) for name, times in stages.items()}
-    trainers = {name: _trainer(job, source.config, _layers(cut, count)) for name, cut in cuts.items()}
+    configs = {name: pipeline_config(job, _layers(cut, count)) for name, cut in cuts.items()}
+    trainers = {name: pipeline_trainer(job, config, source.config) for name, config in configs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in cuts}
     for pair in range(job["pairs"] + 1):
         for name, trainer in trainers.items():
@@ -87,7 +89,8 @@ def _layers(cut: int, count: int) -> list[float]:
     return [(cut - 1) / 2, count - (cut - 1) / 2]
 
 
-def _config(job: dict[str, Any], stages: list[float]) -> TrainConfig:
+def pipeline_config(job: dict[str, Any], stages: Sequence[float], recompute: Sequence[int] = ()) -> TrainConfig:
+    """Two stages of so many layers, a step of `micro_batches` sequences, one a micro-batch."""
     return TrainConfig.model_validate(
         {
             "run": {"similarity_every": 0, "gate_distribution_every": 0},
@@ -96,14 +99,15 @@ def _config(job: dict[str, Any], stages: list[float]) -> TrainConfig:
             "train": {"steps": 1000, "batch_sequences": job["micro_batches"], "micro_batch_sequences": 1},
             "optimizer": {"lr": 1e-6},
             "schedule": {"kind": "constant", "warmup_steps": 0},
-            "parallel": {"pp": 2, "stages": stages},
+            "parallel": {"pp": 2, "stages": stages, "recompute_layers": recompute},
         },
         strict=False,
     )
 
 
-def _trainer(job: dict[str, Any], shape: ModelConfig, stages: list[float]) -> Trainer:
-    config, source = _config(job, stages), open_checkpoint(job["model"])
+def pipeline_trainer(job: dict[str, Any], config: TrainConfig, shape: ModelConfig) -> Trainer:
+    """A trainer of this configuration on two processes, without a run directory."""
+    source = open_checkpoint(job["model"])
     mesh = Mesh.create(layout_for(config, shape, 2), torch.device("cpu"))
     chunks = load_chunks(source, mesh, MODEL_DTYPE[job["precision"]])
     data = TokenStream(batches(Path(job["tokens"]), job["micro_batches"], job["positions"], 4))

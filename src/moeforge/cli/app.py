@@ -112,10 +112,10 @@ def main(argv: list[str] | None = None) -> int:
             if os.environ.get("MOEFORGE_DEBUG") == "1":
                 raise
             line, code = f"{line} (unexpected; MOEFORGE_DEBUG=1 shows the traceback)", 1
-            if not output.is_first_rank():
-                line = f"rank {os.environ['RANK']}: {line}"
-        elif not output.is_first_rank():
-            return code  # foreseen errors are raised on all ranks alike
+        elif not output.speaks_of_failure():
+            return code
+        if not output.is_first_rank():
+            line = f"rank {os.environ['RANK']}: {line}"
         print(f"moeforge: error: {line}", file=sys.stderr)
         return code
     return code if isinstance(code, int) else 0

@@ -57,6 +57,15 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def speaks_of_failure() -> bool:
+    """Whether this process is to print why it fails; of ranks that fail alike, one is."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    from moeforge.parallel import launch
+
+    return launch.speaks_of_failure()
+
+
 def emit(result: Mapping[str, Any], as_json: bool, human: Callable[[], Any] | str | None = None) -> None:
     """Print a verb's result.
 

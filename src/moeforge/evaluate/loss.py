@@ -35,13 +35,13 @@ class EvalResult:
 
 
 @torch.inference_mode()
-def held_out_loss(model: Transformer, batches: Iterable[Batch], device: torch.device | str | None = None) -> EvalResult:
+def held_out_loss(model: Transformer, batches: Iterable[Batch]) -> EvalResult:
     """Sum of the cross-entropies of all targets over their number, however they fall into batches.
 
     Targets of -100 count nothing. No capacity, no dropped tokens, no router statistics: what inference
-    computes. `device` None is where the model is. Raises UserError where there is no target at all.
+    computes. Raises UserError where there is no target at all.
     """
-    device = next(model.parameters()).device if device is None else device
+    device = next(model.parameters()).device
     # Sums stay on the device: nothing here makes the host wait for it between batches.
     loss = torch.zeros((), dtype=torch.float64, device=device)
     tokens = torch.zeros((), dtype=torch.int64, device=device)

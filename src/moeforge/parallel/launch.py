@@ -11,6 +11,8 @@ import torch.distributed as dist
 from moeforge.errors import UserError
 from moeforge.parallel.watchdog import Watchdog
 
+# Longer than what ranks that do the same need one after another.
+_FIRST_RANK_FAILS = timedelta(seconds=10)
 _watchdog: Watchdog | None = None  # it ends the process, so there is one a process
 
 
@@ -83,6 +85,23 @@ def _agent_store(purpose: str) -> dist.Store:
     address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
     store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=300))
     return dist.PrefixStore(f"moeforge/{attempt}/{purpose}", store)
+
+
+def speaks_of_failure() -> bool:
+    """Whether this rank is to say why it fails. Where all fail alike, the first does; another one only speaks if the
+    first does not fail within seconds as well, having met what the others have not."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    try:
+        store = _agent_store("failure")
+        if world_rank() == 0:
+            store.set("first", "")
+        else:
+            store.wait(["first"], _FIRST_RANK_FAILS)
+            return False
+    except (UserError, KeyError, RuntimeError, dist.DistError):  # no such word from it, or nowhere to leave one
+        pass
+    return True
 
 
 def shut_down() -> None:

@@ -1,4 +1,4 @@
-"""Step time of a 1F1B pipeline from the times of its stages, and the two-ended search for the best cut.
+"""Step time of a 1F1B pipeline from the times of its stages, and the best cut, by trying all.
 
 The planner proper weighs memory, recomputation and other schedules as well; this is its time model for stages whose
 forward and backward times are known.

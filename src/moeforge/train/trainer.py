@@ -106,7 +106,8 @@ class Trainer:
         started = time.perf_counter()
         config, mesh, step = self.config, self.mesh, self.step + 1
         mesh.watchdog.at_step(step)
-        batches = self.micro_batches.training(self.train_data, self.position)
+        with mesh.watchdog.doing("reading data"):
+            batches = self.micro_batches.training(self.train_data, self.position)
         counts = mesh.dp.all_reduce(targets_and_tokens(batches).to(mesh.device))
         targets, routed = (max(count, 1) for count in counts.tolist())
         record = self._new_record(len(batches), routed, step)
@@ -238,7 +239,8 @@ class Trainer:
         """Mean held-out loss over at most eval.sequences sequences (nats a token). No capacity, no dropped tokens, no
         router statistics: what inference computes."""
         assert self.held_out is not None
-        batches = self.micro_batches.held_out(self.held_out)
+        with self.mesh.watchdog.doing("reading data"):
+            batches = self.micro_batches.held_out(self.held_out)
         loss = self.executor.evaluate(
             Lazy(len(batches), lambda i: self.micro_batches.prepare(batches[i], i, 1.0, None))
         )
@@ -262,7 +264,7 @@ class Trainer:
 
     def save_final(self) -> Path:
         """Write run_dir/final: the trained model as a Hugging Face directory. Signals wait until it is there."""
-        with Signals():
+        with Signals(), self.mesh.watchdog.paused():
             return save_distributed(self.mesh, self.chunks, self.run_dir / "final", tokenizer_from=self.source)
 
     def _check_finite(self, row: Row) -> None:

@@ -5,6 +5,7 @@ Both splits live in the same two processes and take steps in turn, so the machin
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -15,17 +16,19 @@ from typing import Any
 
 import torch
 
+from moeforge.bench.plan_accuracy import Gauge, simulated_seconds
 from moeforge.bench.train_worker import TokenStream, batches
-from moeforge.bench.unit_times import unit_times
 from moeforge.checkpoint import open_checkpoint
 from moeforge.config.model import ModelConfig
 from moeforge.config.parallel import layout_for
 from moeforge.config.schema import TrainConfig
+from moeforge.layout import build_layout
 from moeforge.parallel import Mesh, launch
-from moeforge.plan.pipeline import UnitTime, best_boundaries, one_f_one_b, stage_times
 from moeforge.train import Trainer
 from moeforge.train.optimizer import MODEL_DTYPE
 from moeforge.train.run import load_chunks
+
+_WARM_UPS, _REPEATS = 2, 7
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
@@ -33,20 +36,23 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     times."""
     torch.set_num_threads(1)
     launch.initialise(torch.device("cpu"), 600)
-    source = open_checkpoint(job["model"])
-    dtype = MODEL_DTYPE[job["precision"]]
-    world = Mesh.create(layout_for(pipeline_config(job, []), source.config, 2), torch.device("cpu")).world
-    own = unit_times(source.config, dtype, 1, job["positions"], meet=world.barrier)
-    everyone = world.all_gather_object(own)
-    units = [_mean(each) for each in zip(*everyone, strict=True)]
+    shape = open_checkpoint(job["model"]).config
+    world = Mesh.create(build_layout(shape, pp=2), torch.device("cpu")).world
+    gauge = Gauge(job, shape, world)
+    for repeat in range(_WARM_UPS + _REPEATS):
+        gauge.sample(warm_up=repeat < _WARM_UPS)
+    figures = gauge.figures()
 
-    count, m = source.config.num_layers, job["micro_batches"]
+    count, m = shape.num_layers, job["micro_batches"]
     first = count - count // 2
-    cuts = {"uniform": 1 + 2 * first, "planned": best_boundaries(units, 2, m)[0]}
-    stages = {name: stage_times(units, (cut,)) for name, cut in cuts.items()}
-    predicted = {name: one_f_one_b(times, m) for name, times in stages.items()}
+
+    def predict(cut: int) -> float:
+        return simulated_seconds(build_layout(shape, pp=2, stages=_layers(cut, count)), shape, figures, m)
+
+    cuts = {"uniform": 1 + 2 * first, "planned": min(range(1, 2 * count + 2), key=predict)}
+    predicted = {name: predict(cut) for name, cut in cuts.items()}
     configs = {name: pipeline_config(job, _layers(cut, count)) for name, cut in cuts.items()}
-    trainers = {name: pipeline_trainer(job, config, source.config) for name, config in configs.items()}
+    trainers = {name: pipeline_trainer(job, config, shape) for name, config in configs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in cuts}
     for pair in range(job["pairs"] + 1):
         for name, trainer in trainers.items():
@@ -65,10 +71,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         "precision": job["precision"],
         "stages_layers": {name: _layers(cut, count) for name, cut in cuts.items()},
         "megatron_rule_layers": [first, count - first],  # embedding and loss as one layer each
-        "stage_seconds": {
-            name: [{"forward": s.forward, "backward": s.backward, "update": s.update} for s in times]
-            for name, times in stages.items()
-        },
+        **dataclasses.asdict(figures),
         "predicted_step_seconds": predicted,
         "measured_step_seconds": {name: statistics.median(times) for name, times in seconds.items()},
         "measured": seconds,
@@ -77,11 +80,6 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         "measured_gain": gain,
         "share_of_prediction": gain / expected if expected else None,
     }
-
-
-def _mean(times: tuple[UnitTime, ...]) -> UnitTime:
-    n = len(times)
-    return UnitTime(*(sum(getattr(each, key) for each in times) / n for key in ("forward", "backward", "update")))
 
 
 def _layers(cut: int, count: int) -> list[float]:

@@ -61,4 +61,44 @@ def train(
         write_whole(out, jsonlib.dumps(result, indent=2) + "\n")
 
 
-commands = {"train": train}
+def calibrate(
+    out: Annotated[Path, typer.Option(help="The TOML file to write.")],
+    processes: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Devices that compute at once; default: all GPUs, or one process on all cores."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Also time the units of this model (preset, directory).")] = None,
+    precision: Annotated[str, typer.Option(help="As model.precision: bf16, bf16_pure, fp32, fp64.")] = "bf16",
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 1024,
+    micro_batch_sequences: Annotated[int, typer.Option(min=1, help="Sequences of a micro-batch.")] = 1,
+    json: Json = False,
+) -> None:
+    """Measure this machine for the planner: matmuls, memory, links, and if wanted the units of a model.
+
+    Nothing else should run meanwhile. On a CPU the cores and the memory are divided over the processes.
+    """
+    from moeforge.bench.calibrate import ModelCase, profile_toml
+    from moeforge.bench.calibrate import calibrate as measure
+    from moeforge.checkpoint import open_checkpoint
+    from moeforge.config.presets import PRESETS, model_preset
+
+    case = None
+    if model is not None:
+        preset = model in PRESETS and not Path(model).exists()
+        config = model_preset(model) if preset else open_checkpoint(model).config
+        case = ModelCase(config, precision, sequence_length, micro_batch_sequences)
+    console = stderr_console()
+    profile = measure(out.stem, processes, case, note=lambda line: console.print(line, soft_wrap=True))
+    best = ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in profile.peak_tflops.items())
+    link = profile.intra_node
+    emit(
+        profile.model_dump(),
+        json,
+        f"{profile.devices} x {profile.memory_gbytes:.0f} GB, {profile.memory_gbytes_per_second:.3g} GB/s of memory\n"
+        f"matmul at best: {best}\nlink: {link.gbytes_per_second:.3g} GB/s, {link.latency_us:.0f} us\n"
+        f"written to {out}",
+    )
+    write_whole(out, profile_toml(profile))  # last: what took minutes to measure is shown even if it cannot be written
+
+
+commands = {"train": train, "calibrate": calibrate}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moeforge.errors import UserError
 from moeforge.report import draw
 from moeforge.report.canvas import require_matplotlib, style
 from moeforge.report.runs import Run, load_run
+from moeforge.report.save import require_directory, save_figure
 from moeforge.report.theme import light
 
 _BY_LAYER = (
@@ -25,6 +25,7 @@ def figure_png(run: Run | str | Path, path: str | Path) -> Path:
 
     Raises:
         UserError: the run has no metrics, the directory of `path` does not exist, or no matplotlib.
+        RunError: the disk is full; an earlier picture is kept.
     """
     require_matplotlib()
     import matplotlib
@@ -32,8 +33,7 @@ def figure_png(run: Run | str | Path, path: str | Path) -> Path:
 
     run = run if isinstance(run, Run) else load_run(run)
     path = Path(path)
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: the directory {path.parent} does not exist")
+    require_directory(path)
     palette = light()
     with matplotlib.rc_context(style(palette, size=10)):
         columns, rows = (3, 2) if run.layers else (2, 2)
@@ -57,10 +57,5 @@ def figure_png(run: Run | str | Path, path: str | Path) -> Path:
             ax.set_title(title, loc="left", fontsize="large", fontweight="bold", pad=10)
             if not ax.lines and not ax.images and not ax.collections:
                 ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", color=palette.muted)
-        temporary = path.with_name(f".{path.name}.part")
-        try:
-            figure.savefig(temporary, format="png", dpi=160)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        save_figure(figure, path, "png")
     return path

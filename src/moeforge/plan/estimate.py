@@ -1,0 +1,184 @@
+"""Seconds of every unit on given hardware: from its cost, or as measured."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from moeforge.config.hardware import HardwareProfile, MeasuredModel, layer_fingerprint
+from moeforge.errors import UserError
+from moeforge.layout import unit_names
+from moeforge.plan.cost import ELEMENT_BYTES, GroupName, Message, Pass, UnitCost, unit_cost
+from moeforge.plan.memory import unit_kind
+from moeforge.plan.times import UnitTime
+from moeforge.plan.workload import Workload
+
+_DTYPE = {"bf16": "bf16", "bf16_pure": "bf16", "fp32": "fp32", "fp64": "fp64"}
+
+
+class Span(NamedTuple):
+    """A process group: its ranks are `stride` apart."""
+
+    size: int
+    stride: int
+
+
+class Estimator:
+    """Times of a workload's units on a cluster. World ranks are those of `Layout`: tp fastest, then dp, then pp.
+
+    A ring over m members a node, each with a link of its own, crosses nodes at m times one link's bandwidth. Messages
+    cost their latency log2(size) times; an all-to-all once.
+    """
+
+    def __init__(self, hardware: HardwareProfile, work: Workload) -> None:
+        self.hardware, self.work = hardware, work
+        dtype = _DTYPE[work.precision]
+        if dtype not in hardware.matmul:
+            known = ", ".join(hardware.matmul)
+            raise UserError(
+                f'model.precision = "{work.precision}": the hardware profile {hardware.name} has no matmul.{dtype}, '
+                f"only {known}"
+            )
+        rates = hardware.matmul[dtype]
+        self.sizes = [math.log(rate.flops) for rate in rates]
+        self.rates = [rate.tflops * 1e12 for rate in rates]
+        self.groups: dict[GroupName, Span] = {
+            "tp": Span(work.tp, 1),
+            "dp": Span(work.dp, work.tp),
+            "dp_tp": Span(work.dp * work.tp, 1),
+            "block": Span(work.block, 1),
+            "expert_dp": Span(work.expert_dp, work.block),
+        }
+
+    def units(self) -> tuple[UnitTime, ...]:
+        """All units in forward order."""
+        names, model = unit_names(self.work.model), self.work.model
+        measured = _find_measured(self.hardware, self.work)
+        by_kind: dict[str, UnitTime] = {}
+        for name in names:
+            kind = unit_kind(model, name)
+            if kind not in by_kind:
+                if measured is not None and kind in measured:
+                    by_kind[kind] = measured[kind]
+                else:
+                    by_kind[kind] = self.unit(unit_cost(self.work, name))
+        return tuple(by_kind[unit_kind(model, name)] for name in names)
+
+    def unit(self, cost: UnitCost) -> UnitTime:
+        """Seconds of one unit."""
+        forward = self.seconds(cost.forward)
+        return UnitTime(
+            forward=forward,
+            backward=self.seconds(cost.backward),
+            backward_input=self.seconds(cost.backward_input),
+            backward_weight=self.seconds(cost.backward_weight),
+            recompute=forward,
+            update=self.seconds(cost.update),
+        )
+
+    def seconds(self, work: Pass) -> float:
+        """A pass: matmuls, then memory-bound passes, then messages, less what of them hides behind the matmuls."""
+        if not (work.matmuls or work.memory_bytes or work.messages):
+            return 0.0
+        compute = sum(matmul.times * matmul.flops / self.rate(matmul.flops) for matmul in work.matmuls)
+        moving = work.memory_bytes / (self.hardware.memory_gbytes_per_second * 1e9)
+        return compute + moving + self.exposed(work, compute) + self.hardware.unit_overhead_us * 1e-6
+
+    def exposed(self, work: Pass, compute: float) -> float:
+        """Seconds of messages during which nothing is computed.
+
+        Of a travel in c chunks the first is always waited for; the others hide behind (c - 1) / c of the matmuls.
+        """
+        plain = sum(self.message(message) for message in work.messages if not message.overlapped)
+        hidden = sum(self.message(message) for message in work.messages if message.overlapped)
+        c = self.work.overlap_chunks
+        return plain + hidden / c + max(0.0, (hidden - compute) * (c - 1) / c)
+
+    def rate(self, flops: float) -> float:
+        """FLOP/s of a matmul of this size: interpolated over log size, the ends kept beyond."""
+        if flops <= 0:
+            return self.rates[0]
+        size = math.log(flops)
+        right = bisect.bisect_left(self.sizes, size)
+        if right == 0:
+            # A smaller matmul takes at least as long as the work is short: time falls no faster than the root of size.
+            return self.rates[0] * math.exp((size - self.sizes[0]) / 2)
+        if right == len(self.sizes):
+            return self.rates[-1]
+        share = (size - self.sizes[right - 1]) / (self.sizes[right] - self.sizes[right - 1])
+        return self.rates[right - 1] * (1 - share) + self.rates[right] * share
+
+    def message(self, message: Message) -> float:
+        """Seconds of a collective."""
+        size, stride = self.groups[message.group]
+        return self.collective(message.operation, size, stride, message.bytes)
+
+    def collective(self, operation: str, size: int, stride: int, sent: float) -> float:
+        """Seconds of a collective over `size` ranks, `stride` apart, each of which sends `sent` bytes."""
+        if size <= 1 or sent <= 0:
+            return 0.0
+        inside, across = self.hardware.intra_node, self.hardware.inter_node
+        members = self.members(size, stride)
+        if members >= size:
+            links = sent / (inside.gbytes_per_second * 1e9)
+            latency = inside.latency_us
+        else:
+            latency = across.latency_us
+            if operation == "all_to_all":
+                outside = sent * (size - members) / (size - 1)
+                links = max((sent - outside) / inside.gbytes_per_second, outside / across.gbytes_per_second) / 1e9
+            else:
+                links = max(sent / inside.gbytes_per_second, sent / (members * across.gbytes_per_second)) / 1e9
+        hops = 1 if operation == "all_to_all" else math.ceil(math.log2(size))
+        return links + hops * latency * 1e-6
+
+    def members(self, size: int, stride: int) -> int:
+        """Ranks of a group on one node: those of the group that starts at a node's first rank."""
+        per_node = self.hardware.devices_per_node
+        if self.hardware.nodes == 1:
+            return size
+        return max(1, min(size, per_node // stride if per_node % stride == 0 else (per_node - 1) // stride + 1))
+
+    def outside_bytes(self, message: Message) -> float:
+        """Of the bytes that a rank sends, those that leave its node."""
+        size, stride = self.groups[message.group]
+        members = self.members(size, stride)
+        if size <= 1 or members >= size:
+            return 0.0
+        return message.bytes * (size - members) / (size - 1)
+
+    def transfer(self) -> float:
+        """Seconds of a hidden state, or its gradient, from one pipeline stage to the next."""
+        sent = self.work.own_tokens * self.work.model.hidden_size * ELEMENT_BYTES[self.work.precision]
+        return self._between_stages(sent)
+
+    def tied_reduction(self) -> float:
+        """Seconds in which the ranks of a tied embedding and head exchange and add up the owned parts of its gradient,
+        in the type that gradients are summed in."""
+        work = self.work
+        wide = 8 if work.precision == "fp64" else 4
+        owned = work.vocab_rows * work.model.hidden_size / (work.dp if work.zero else 1)
+        return self._between_stages(owned * wide) + 2 * owned * wide / (self.hardware.memory_gbytes_per_second * 1e9)
+
+    def _between_stages(self, sent: float) -> float:
+        inside = self.hardware.nodes == 1 or self.work.dp * self.work.tp < self.hardware.devices_per_node
+        link = self.hardware.intra_node if inside else self.hardware.inter_node
+        return sent / (link.gbytes_per_second * 1e9) + link.latency_us * 1e-6
+
+
+def _find_measured(hardware: HardwareProfile, work: Workload) -> dict[str, UnitTime] | None:
+    """Measured times by kind, for the same layers and micro-batch on one tensor-parallel rank."""
+    if work.tp * work.block != 1:
+        return None
+    wanted = (layer_fingerprint(work.model), work.precision, work.micro_batch_sequences, work.sequence_length)
+    for found in hardware.measured:
+        if (found.fingerprint, found.precision, found.micro_batch_sequences, found.sequence_length) == wanted:
+            return _times(found)
+    return None
+
+
+def _times(found: MeasuredModel) -> dict[str, UnitTime]:
+    keys: Sequence[str] = UnitTime.__dataclass_fields__.keys()  # type: ignore[assignment]
+    return {unit.kind: UnitTime(**{key: getattr(unit, key) for key in keys}) for unit in found.units}

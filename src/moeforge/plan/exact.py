@@ -1,0 +1,219 @@
+"""The fastest 1F1B pipeline, proven: branch and bound over stage boundaries, with recomputation by stage.
+
+Recomputing less never makes a stage or a step slower, so of each stage only the cheapest recomputation that fits its
+memory matters; what is left to choose are the boundaries. Candidates are cut off by lower bounds, and what remains is
+simulated, many at a time.
+
+The bounds are lengths of paths through the 1F1B graph (p stages, m micro-batches, w = p - 1 - k stages after stage k,
+t = forward + backward, c the transfer time): down to stage k (P, the t of those before), to the last stage and back
+(S, the t of those after), stage k alternating, once more to the last stage and back, and up:
+
+    T >= P + 2 c k + max(w F_k, S + 2 c w) + max(w B_k, S + 2 c w) + (m - w) t_k
+
+and likewise alternating between stages k and l > k, where each round takes their sum and 2 c (l - k).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeforge.plan.problem import Options, PipelineProblem
+from moeforge.plan.simulator import Array, program
+
+_BATCH = 2048
+_NEVER = 1e30
+_LIMIT = 400_000
+"""Candidates that are simulated before the search gives up proving."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Stages as unit ranges, with the units that each recomputes; `seconds` is the simulated step, `lower_bound` what
+    no other split of the problem can beat."""
+
+    spans: tuple[tuple[int, int], ...]
+    recomputed: tuple[tuple[int, ...], ...]
+    seconds: float
+    lower_bound: float
+
+    @property
+    def gap(self) -> float:
+        """How far from optimal it may be: seconds / lower bound - 1."""
+        return max(0.0, self.seconds / self.lower_bound - 1) if self.lower_bound else 0.0
+
+
+def best_1f1b(problem: PipelineProblem, known: float = float("inf")) -> Split | None:
+    """The split with the smallest simulated step, None where none fits the memory or is faster than `known`."""
+    search = _Search(problem)
+    return search.run(known)
+
+
+class _Search:
+    """Positions are indices into the list of possible boundaries; arrays are [stage, begin, end] over them."""
+
+    def __init__(self, problem: PipelineProblem) -> None:
+        self.problem, self.p, self.m = problem, problem.pp, problem.micro_batches
+        self.at = (0, *problem.cuts, len(problem.units))
+        self.c = problem.transfer if self.p > 1 else 0.0
+        units = [unit.time for unit in problem.units]
+        self.forward, self.backward, self.update = (
+            _ranges([getattr(unit, key) for unit in units], self.at) for key in ("forward", "backward", "update")
+        )
+        whole = len(units)
+        if self.p > 1:
+            self.update[0] += np.where(np.array(self.at) < whole, problem.extra_update(0, 1), 0.0)
+            self.update[:, -1] += np.where(np.array(self.at) > 0, problem.extra_update(1, whole), 0.0)
+        self.choice, self.extra = self._cheapest()
+        self.base = np.concatenate([[0.0], np.cumsum([u.forward + u.backward for u in units])])[list(self.at)]
+        self.work = self.forward + self.backward + self.extra
+        self._bounds()
+
+    def _cheapest(self) -> tuple[NDArray[np.int64], Array]:
+        """Of every possible stage the option with the least recomputation that fits (-1: none), and its seconds."""
+        problem, size = self.problem, len(self.at)
+        chosen, extra = np.full((self.p, size, size), -1), np.full((self.p, size, size), _NEVER)
+        found: dict[tuple[tuple[int, ...], bool, bool], NDArray[np.int64]] = {}
+        for i in range(size - 1):
+            for j in range(i + 1, size):
+                begin, end = self.at[i], self.at[j]
+                composition = problem.composition(begin, end)
+                options, key = problem.options(composition), (composition, begin == 0, end == len(problem.units))
+                if key not in found:
+                    found[key] = self._fitting(options, problem.static_bytes([(begin, end)]))
+                chosen[:, i, j] = found[key]
+                extra[:, i, j] = np.where(found[key] >= 0, options.extra[found[key]], _NEVER)
+        return chosen, extra
+
+    def _fitting(self, options: Options, static: int) -> NDArray[np.int64]:
+        """For every rank the first option that fits."""
+        held = np.array([counts[0][0] for counts in self.problem.in_flight])
+        fits = static + held[:, None] * options.kept + options.transient <= self.problem.memory
+        return np.where(fits.any(1), fits.argmax(1), -1)
+
+    def _bounds(self) -> None:
+        """Tables over prefixes [0, i) of k stages: least extra seconds, least longest update, least largest bound."""
+        p, size = self.p, len(self.at)
+        before, after = np.full((p + 1, size), _NEVER), np.full((p + 1, size), _NEVER)
+        before[0, 0] = after[p, size - 1] = 0.0
+        for k in range(p):
+            before[k + 1] = (before[k][:, None] + self.extra[k]).min(0)
+            last = p - 1 - k
+            after[last] = (self.extra[last] + after[last + 1][None, :]).min(1)
+        self.before, self.after = before, after
+        self.rest, self.rest_update = np.full((p + 1, size), _NEVER), np.full((p + 1, size), _NEVER)
+        self.rest[0, 0] = self.rest_update[0, 0] = 0.0
+        for k in range(p):
+            suffix = self.base[-1] - self.base[None, :] + after[k + 1][None, :]
+            bound = self._stage_bound(k, np.arange(size)[:, None], np.arange(size)[None, :], suffix)
+            self.rest[k + 1] = np.maximum(self.rest[k][:, None], bound).min(0)
+            update = np.where(self.extra[k] < _NEVER, self.update, _NEVER)
+            self.rest_update[k + 1] = np.maximum(self.rest_update[k][:, None], update).min(0)
+
+    def _stage_bound(self, k: int, i: NDArray[np.int64], j: NDArray[np.int64], suffix: Array) -> Array:
+        """The bound through stage k = [i, j), `suffix` seconds of work after it."""
+        forward, work = self.forward[i, j], self.work[k, i, j]
+        ahead, c = self.p - 1 - k, self.c
+        prefix = self.base[i] + self.before[k][i] + 2 * c * k
+        loop = suffix + 2 * c * ahead
+        ramps = np.maximum(ahead * forward, loop) + np.maximum(ahead * (work - forward), loop)
+        bound = prefix + ramps + (self.m - ahead) * work
+        if self.c and (rounds := self._rounds(k, self.p - 1)) is not None:
+            whole, left = rounds
+            through = work + suffix + 2 * c * ahead
+            bound = np.maximum(bound, prefix + ramps + (2 + left) * work + whole * through)
+        return bound
+
+    def _rounds(self, k: int, last: int) -> tuple[int, int] | None:
+        """Rounds between stages k and `last` that a path has time for, and what is left for stage k alone."""
+        spare = self.m - self.p - 1 + k
+        return None if spare < 0 else divmod(spare, last - k + 1)
+
+    def run(self, known: float) -> Split | None:
+        size = len(self.at)
+        lowest = self.rest[self.p, size - 1] + self.rest_update[self.p, size - 1]
+        if lowest >= min(known, _NEVER):
+            return None
+        best, path = min(known, _NEVER), None
+        # Nodes: stages k.. are fixed, from position path[:, k] on.
+        start = np.zeros((1, self.p + 1), dtype=np.int64)
+        start[:, self.p] = size - 1
+        stack = [(self.p, start, np.zeros((1, self.p + 1)), np.full(1, lowest), np.zeros(1))]
+        simulated, unproven = 0, np.inf
+        while stack:
+            k, paths, works, bounds, updates = stack.pop()
+            alive = bounds < best * (1 - 1e-12)
+            if not alive.any():
+                continue
+            if k == 0:
+                order = np.argsort(np.where(alive, bounds, np.inf))[: int(alive.sum())]
+                for part in (order[:_BATCH], order[_BATCH:]):
+                    if len(part) and bounds[part[0]] < best:
+                        seconds = self._simulate(paths[part]) + updates[part]
+                        simulated += len(part)
+                        if seconds.min() < best:
+                            best, path = float(seconds.min()), paths[part[seconds.argmin()]]
+                continue
+            if simulated > _LIMIT:
+                unproven = min(unproven, float(bounds[alive].min()))
+                continue
+            stack += self._expand(k, paths[alive], works[alive], bounds[alive], updates[alive], best)
+        if path is None:
+            return None
+        spans = tuple((self.at[i], self.at[j]) for i, j in zip(path, path[1:], strict=False))
+        recomputed = []
+        for k, (begin, end) in enumerate(spans):
+            options = self.problem.options(self.problem.composition(begin, end))
+            numbers = options.numbers[self.choice[k, path[k], path[k + 1]]]
+            recomputed.append(self.problem.recomputed_units(begin, end, numbers))
+        return Split(spans, tuple(recomputed), best, min(best, unproven))
+
+    def _expand(self, k: int, paths: NDArray[np.int64], works: Array, bounds: Array, updates: Array, best: float):  # type: ignore[no-untyped-def]
+        """Children of nodes: where stage k - 1 may begin. Pieces, the most promising last."""
+        stage, ends = k - 1, paths[:, k]
+        begins = np.arange(len(self.at)) if stage else np.zeros(1, dtype=np.int64)
+        i, j = begins[None, :], ends[:, None]
+        suffix = works[:, k:].sum(1)[:, None]
+        bound = np.maximum(self._stage_bound(stage, i, j, suffix), self.rest[stage][i])
+        update = np.maximum(updates[:, None], self.update[i, j])
+        total = np.maximum(bound + np.maximum(update, self.rest_update[stage][i]), bounds[:, None])
+        node, where = np.nonzero(total < best * (1 - 1e-12))
+        total, begin, update = total[node, where], begins[where], update[node, where]
+        if self.c and len(node):
+            alternating = self._windows(stage, begin, paths[node, k], works[node])
+            total = np.maximum(total, alternating + np.maximum(update, self.rest_update[stage][begin]))
+            alive = total < best * (1 - 1e-12)
+            node, total, begin, update = node[alive], total[alive], begin[alive], update[alive]
+        order = np.argsort(-total, kind="stable")
+        node, begin = node[order], begin[order]
+        made, grown = paths[node], works[node]
+        made[:, stage] = begin
+        grown[:, stage] = self.work[stage, begin, made[:, k]]
+        new = (made, grown, total[order], update[order])
+        pieces = range(0, len(node), _BATCH)
+        return [(stage, *(array[start : start + _BATCH] for array in new)) for start in pieces]
+
+    def _windows(self, k: int, i: NDArray[np.int64], j: NDArray[np.int64], works: Array) -> Array:
+        """The largest bound of paths that alternate between stage k = [i, j) and later ones, for nodes [N]."""
+        own, ahead = self.work[k, i, j], self.p - 1 - k
+        later = works[:, k + 1 : self.p].cumsum(1)
+        if not ahead or self._rounds(k, k + 1) is None:
+            return np.zeros_like(own)
+        fixed = self.base[i] + self.before[k][i] + 2 * self.c * k + 2 * (later[:, -1] + 2 * self.c * ahead)
+        rounds = np.array([self._rounds(k, last) for last in range(k + 1, self.p)])
+        once = own[:, None] + later + 2 * self.c * np.arange(1, ahead + 1)
+        return fixed + ((2 + rounds[:, 1]) * own[:, None] + rounds[:, 0] * once).max(1)
+
+    def _simulate(self, paths: NDArray[np.int64]) -> Array:
+        k, i, j = np.arange(self.p)[:, None], paths[:, :-1].T, paths[:, 1:].T
+        times = {"F": self.forward[i, j], "B": self.backward[i, j] + self.extra[k, i, j]}
+        return program("1f1b", self.p, 1, self.m).seconds(times, self.problem.transfer)
+
+
+def _ranges(values: Sequence[float], at: Sequence[int]) -> Array:
+    """[i, j]: the sum of values[at[i]:at[j]]; zeros where j <= i."""
+    total = np.concatenate([[0.0], np.cumsum(values)])[list(at)]
+    return np.triu(total[None, :] - total[:, None])

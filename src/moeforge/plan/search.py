@@ -1,0 +1,131 @@
+"""The fastest arrangement of a cluster.
+
+1F1B first, for it is quickly proven: in order of what each arrangement would take with equal work on all ranks, until
+not even that beats the best. Then the other schedules where they can gain most, and last the boundaries inside layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moeforge.config.hardware import HardwareProfile
+from moeforge.layout import unit_names
+from moeforge.plan.arrangement import Arrangement, arrangements
+from moeforge.plan.pieces import hidden_bytes
+from moeforge.plan.planner import Plan, make_plan, unit_times
+from moeforge.plan.static_memory import unit_static_bytes
+from moeforge.plan.workload import Workload
+
+_DESCENTS, _REFINED = 16, 3
+"""Arrangements with other schedules that are planned, and those planned again with boundaries inside layers."""
+_SLACK = 1.04
+"""Arrangements that seem this much slower than the best are planned too: estimates err, and the next best is shown."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """`best` of all plans (None: nothing fits), the next best of other arrangements, fastest first, and how many
+    arrangements there were, and were planned."""
+
+    best: Plan | None
+    others: tuple[Plan, ...]
+    considered: int
+    planned: int
+
+
+def search(
+    hardware: HardwareProfile,
+    work: Workload,
+    fixed: Mapping[str, Any],
+    whole_layers: bool = False,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Found:
+    """The plan with the smallest simulated step for this model, batch and cluster.
+
+    `work` gives model, precision, batch and sequence length; `fixed` what of `Arrangement` is not to be chosen.
+    """
+    everything = list(candidates(hardware, work, fixed))
+    ideal = {a: seconds for a, own in everything if (seconds := ideal_seconds(hardware, own, a)) is not None}
+    works = dict(everything)
+    plans: dict[Arrangement, Plan] = {}
+    planned = 0
+
+    def best() -> float:
+        return min((plan.step_seconds for plan in plans.values()), default=float("inf"))
+
+    def try_all(order: Iterable[Arrangement], could_save: Mapping[Arrangement, float]) -> None:
+        nonlocal planned
+        for a in order:
+            worth = best() * _SLACK + could_save[a]
+            if ideal[a] < worth:
+                progress(a.describe())
+                planned += 1
+                if (plan := make_plan(hardware, works[a], a, True, known=worth)) is not None:
+                    plans[a] = plan
+
+    # Another schedule may make a good plan of one that 1F1B's bubble spoils: what it could save is allowed for.
+    rivals = [a for a in ideal if a.schedule != "1f1b"]
+    could_save = dict.fromkeys(ideal, 0.0)
+    for a in rivals:
+        base = replace(a, schedule="1f1b", chunks=1)
+        could_save[base] = max(could_save.get(base, 0.0), ideal.get(base, 0.0) - ideal[a])
+    try_all(sorted((a for a in ideal if a.schedule == "1f1b"), key=ideal.__getitem__), could_save)
+
+    expected = {a: seconds for a in rivals if (seconds := _expected(a, plans, ideal)) is not None}
+    if not plans:  # 1F1B was not asked for, or holds too much
+        expected = {a: ideal[a] for a in rivals}
+    hopeful = sorted((a for a in expected if expected[a] < best() * _SLACK), key=expected.__getitem__)
+    try_all(hopeful[:_DESCENTS], could_save)
+
+    ranked = sorted(plans.values(), key=lambda plan: plan.step_seconds)
+    if not whole_layers:
+        progress("boundaries inside layers")
+        ranked[:_REFINED] = [_refined(plan) for plan in ranked[:_REFINED]]
+        ranked.sort(key=lambda plan: plan.step_seconds)
+    return Found(ranked[0] if ranked else None, tuple(ranked[1:4]), len(everything), planned)
+
+
+def _expected(a: Arrangement, plans: Mapping[Arrangement, Plan], ideal: Mapping[Arrangement, float]) -> float | None:
+    """What the arrangement would take if it kept all of what 1F1B needs for imbalance and recomputation; None where
+    1F1B does not fit or is too slow to have been planned."""
+    base = replace(a, schedule="1f1b", chunks=1)
+    return None if base not in plans else plans[base].step_seconds - ideal[base] + ideal[a]
+
+
+def candidates(
+    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]
+) -> Iterable[tuple[Arrangement, Workload]]:
+    """Arrangements with the work that each makes of `work`."""
+    for a in arrangements(work.model, hardware, work.batch_sequences, fixed):
+        yield a, work_of(work, a)
+
+
+def work_of(work: Workload, a: Arrangement) -> Workload:
+    """The work of a step in this arrangement."""
+    micro = a.micro_batch_sequences
+    return replace(work, micro_batch_sequences=micro, dp=a.dp, tp=a.tp, ep=a.ep, etp=a.etp)
+
+
+def ideal_seconds(hardware: HardwareProfile, work: Workload, arrangement: Arrangement) -> float | None:
+    """A step in which all ranks do equal work: with 1F1B nothing is faster, (m + p - 1) / p of a micro-batch's work;
+    interleaving divides the bubble by its chunks, zero-bubble schedules have none. None where the weights alone do
+    not fit.
+    """
+    pp, m = arrangement.pp, work.micro_batches
+    names = unit_names(work.model)
+    static = sum(unit_static_bytes(work, name) for name in names)
+    received = 2 * m * hidden_bytes(work) if pp > 2 else 0
+    if static / pp + received > hardware.usable_bytes:
+        return None
+    times = unit_times(hardware, work)
+    split = arrangement.schedule in ("zero-bubble", "zbv")
+    whole = sum(t.forward + (t.backward_input + t.backward_weight if split else t.backward) for t in times)
+    bubble = 0.0 if split else (pp - 1) / arrangement.chunks
+    return (m + bubble) * whole / pp + sum(t.update for t in times) / pp
+
+
+def _refined(plan: Plan) -> Plan:
+    finer = make_plan(plan.hardware, plan.work, plan.arrangement, False, known=plan.step_seconds)
+    return finer or plan

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from moeforge.cli.plan import _ranks
 from moeforge.config.model import ModelConfig, MoEConfig
 from moeforge.layout import build_layout, unit_names
+from moeforge.parallel.rank_memory import rank_memory
 from moeforge.plan.memory import bytes_per_parameter
 from moeforge.plan.static_memory import static_bytes, unit_static_bytes, update_transient_bytes
 from moeforge.plan.workload import Workload
@@ -27,7 +27,7 @@ def both(model: ModelConfig, precision: str, zero: bool, **sizes: Any) -> list[t
     work = Workload(
         model, precision, 64, 1, 2 * layout.dp, layout.dp, layout.tp, layout.ep, layout.etp, zero=zero
     )  # fmt: skip
-    rows = _ranks(model, layout, bytes_per_parameter(precision), zero)
+    rows = rank_memory(model, layout, bytes_per_parameter(precision), zero)
     found = []
     for pp in range(layout.pp):
         parts = [layout.stages[stage] for stage in layout.stages_of(pp)]

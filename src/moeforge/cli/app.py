@@ -33,6 +33,7 @@ VERBS = {
     "generate": "Continue a prompt with a model.",
     "inspect": "What a model is made of: sizes, layers, parameters total and active.",
     "plan": "Place a model on the GPUs you have.",
+    "claims": "The reference system's headline claims, derived again; published runs, predicted.",
     "bench": "Measure speed and memory, ours and the peers'.",
     "report": "One self-contained HTML page about one or more runs.",
     "doctor": "What this machine can do, and which optional packages are missing.",

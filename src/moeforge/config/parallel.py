@@ -149,6 +149,27 @@ def _expert_sizes(section: ParallelSection, model: ModelConfig, dp: int) -> tupl
     return ep, etp
 
 
+def with_planned_micro_batches(config: TrainConfig, layout: Layout) -> TrainConfig:
+    """The configuration with the micro-batches that a plan was made for.
+
+    Raises UserError where the training file itself asks for others.
+    """
+    planned, train = layout.micro_batch_sequences, config.train
+    if planned is None or planned == train.micro_batch_sequences:
+        return config
+    if "micro_batch_sequences" in train.model_fields_set:
+        raise UserError(
+            f"train.micro_batch_sequences = {train.micro_batch_sequences}: the plan was made for {planned}; plan "
+            "again, or leave the key out"
+        )
+    if planned % config.router.group_sequences:
+        raise UserError(
+            f"router.group_sequences = {config.router.group_sequences}: must divide the plan's micro-batches of "
+            f"{planned} sequences; plan again"
+        )
+    return config.model_copy(update={"train": train.model_copy(update={"micro_batch_sequences": planned})})
+
+
 def check_batch(config: TrainConfig, layout: Layout) -> None:
     """Raises UserError unless a step's sequences make whole micro-batches that the schedule can run."""
     batch, micro = config.train.batch_sequences, config.train.micro_batch_sequences

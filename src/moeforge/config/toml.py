@@ -27,7 +27,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Relative paths stay as they are given. Raises UserError, one line, for an unreadable file, a syntax error,
     an unknown key (with the nearest known one), and a value that is not allowed (saying what is).
     """
-    data = _read(Path(path))
+    return config_of(_read(Path(path)), overrides)
+
+
+def config_of(data: dict[str, Any], overrides: Sequence[str] = ()) -> TrainConfig:
+    """The same of what a training file would hold, as TOML gives it; `data` takes up the overrides."""
     for override in overrides:
         _override(data, override)
     for table in tables():

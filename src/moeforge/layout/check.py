@@ -46,6 +46,8 @@ def _check_sizes(layout: Layout) -> None:
     for key in ("pp", "dp", "ep", "etp"):
         if getattr(layout, key) < 1:
             raise UserError(f"layout {key} = {getattr(layout, key)}: must be at least 1")
+    if (micro := layout.micro_batch_sequences) is not None and micro < 1:
+        raise UserError(f"layout micro_batch_sequences = {micro}: must be at least 1")
     if not layout.ranks:
         raise UserError("layout ranks = []: must have an entry for each tensor-parallel rank")
     if (size := layout.pp * layout.dp * layout.tp) != layout.world_size:

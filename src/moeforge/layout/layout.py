@@ -67,6 +67,7 @@ class Layout:
     World rank = (pp * dp_size + dp) * tp_size + tp. The dp x tp ranks of a stage are numbered dp * tp_size + tp; that
     number divides into (expert_dp, ep, etp), etp fastest. So the ep x etp ranks of a *block*, among which tokens
     travel to their experts, are consecutive: with ep = tp and etp = 1 (EDP) the block is the tensor-parallel group.
+    `micro_batch_sequences`: what the stages were planned for, None where the training file says it.
     """
 
     fingerprint: str
@@ -79,6 +80,7 @@ class Layout:
     ep: int
     etp: int
     expert_ranks: tuple[ExpertShard, ...]
+    micro_batch_sequences: int | None = None
 
     @classmethod
     def single(cls, config: ModelShape, recompute: str | Sequence[str] = "none") -> Layout:
@@ -140,12 +142,14 @@ class Layout:
         try:
             data = json.loads(text)
             numbers = {key: _int(data.pop(key)) for key in ("world_size", "pp", "dp", "ep", "etp")}
+            micro = data.pop("micro_batch_sequences", None)
             return cls(
                 fingerprint=_str(data.pop("fingerprint")),
                 schedule=_str(data.pop("schedule")),
                 stages=tuple(_stage(**stage) for stage in data.pop("stages")),
                 ranks=tuple(_shard(**shard) for shard in data.pop("ranks")),
                 expert_ranks=tuple(_expert_shard(**shard) for shard in data.pop("expert_ranks")),
+                micro_batch_sequences=None if micro is None else _int(micro),
                 **numbers,
                 **data,
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from moeforge.config.hardware import HardwareProfile
@@ -35,9 +35,10 @@ class Arrangement:
     def describe(self) -> str:
         """One line for a reader."""
         chunks = f" x {self.chunks}" if self.chunks > 1 else ""
+        experts = f"{self.expert_mode} (ep {self.ep}, etp {self.etp}), " if self.ep * self.etp > 1 else ""
         return (
-            f"pp {self.pp}, dp {self.dp}, tp {self.tp}, {self.expert_mode} (ep {self.ep}, etp {self.etp}), "
-            f"{self.schedule}{chunks}, micro-batches of {self.micro_batch_sequences}"
+            f"pp {self.pp}, dp {self.dp}, tp {self.tp}, {experts}{self.schedule}{chunks}, "
+            f"micro-batches of {self.micro_batch_sequences}"
         )
 
 
@@ -60,11 +61,12 @@ def expert_modes(model: ModelConfig, dp: int, tp: int) -> list[tuple[int, int]]:
 
 
 def arrangements(
-    model: ModelConfig, hardware: HardwareProfile, batch_sequences: int, fixed: Mapping[str, Any]
+    model: ModelConfig, hardware: HardwareProfile, batch_sequences: int, fixed: Mapping[str, Any], group: int = 1
 ) -> Iterator[Arrangement]:
     """All that the cluster, the batch and `fixed` (values of fields of `Arrangement`, or `expert_mode`) allow.
 
-    tp stays inside a node. Micro-batches are powers of two; interleaving has 2 to 4 stages a rank.
+    tp stays inside a node. Micro-batches are routing groups (of `group` sequences) times a power of two; interleaving
+    has 2 to 4 stages a rank.
     """
     devices, per_node = hardware.devices, hardware.devices_per_node
 
@@ -78,7 +80,7 @@ def arrangements(
                 continue
             modes = [mode for mode in expert_modes(model, dp, tp) if _wanted(mode, dp, tp, fixed)]
             own = batch_sequences // dp
-            micros = allowed("micro_batch_sequences", [1 << i for i in range(6) if own % (1 << i) == 0])
+            micros = allowed("micro_batch_sequences", [group << i for i in range(6)])
             for micro in [micro for micro in micros if own % micro == 0]:
                 for schedule, chunks in _schedules(model, pp, own // micro, fixed):
                     for ep, etp in modes:
@@ -115,6 +117,3 @@ def _schedules(
 def divisors(number: int) -> list[int]:
     """Ascending; none of 0."""
     return [n for n in range(1, number + 1) if number % n == 0]
-
-
-FIELDS = tuple(field.name for field in fields(Arrangement))

@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from moeforge.plan.memory import bytes_per_parameter, unit_kind
+from moeforge.plan.static_memory import Replicas, copies, unit_parts
 from moeforge.plan.workload import Workload
 
 GroupName = Literal["tp", "block", "dp", "dp_tp", "expert_dp"]
-Operation = Literal["all_gather", "reduce_scatter", "all_to_all"]
+Operation = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
 
 ELEMENT_BYTES = {"bf16": 2, "bf16_pure": 2, "fp32": 4, "fp64": 8}
+_INT64 = 8
+# Rows of one collective of `parallel.cross_entropy`, elements of one of `parallel.zero`.
+_HEAD_ROWS, _BUCKET = 1024, 32 * 2**20
 
 
 class Matmul(NamedTuple):
@@ -26,12 +30,13 @@ class Matmul(NamedTuple):
 
 
 class Message(NamedTuple):
-    """A collective in which each rank of `group` sends `bytes` to the others. `overlapped`: travels in chunks behind
-    the experts' computation."""
+    """Collectives in which each rank of `group` sends `bytes` to the others: so many `times`, below 1 where several
+    units share one. `overlapped`: they travel behind the experts' computation."""
 
     group: GroupName
     operation: Operation
     bytes: float
+    times: float = 1
     overlapped: bool = False
 
 
@@ -75,7 +80,7 @@ def unit_cost(work: Workload, unit: str) -> UnitCost:
     kind = unit_kind(work.model, unit)
     made = {"embed": _embed, "attention": _attention, "dense ffn": _dense, "experts": _experts, "head": _head}[kind]
     forward, backward_input, backward_weight, together = made(work)
-    return UnitCost(forward, together, backward_input, backward_weight, _update(work, unit, kind))
+    return UnitCost(forward, together, backward_input, backward_weight, _update(work, unit))
 
 
 _Passes = tuple[Pass, Pass, Pass, Pass]
@@ -89,12 +94,17 @@ def _enter_leave(work: Workload) -> tuple[Message, ...]:
     return Message("tp", "all_gather", sent), Message("tp", "reduce_scatter", sent)
 
 
-def _split(forward: Pass, matmuls: tuple[Matmul, ...], extra: tuple[Matmul, ...] = ()) -> _Passes:
+def _all_reduce(group: GroupName, size: int, numel: int, element: int, times: int = 1) -> Message:
+    """Of `numel` elements, `times`: a reduce-scatter and an all-gather of equal parts."""
+    return Message(group, "all_reduce", 2.0 * times * (size - 1) * -(-numel // size) * element, times)
+
+
+def _split(forward: Pass, messages: tuple[Message, ...], extra: tuple[Matmul, ...] = ()) -> _Passes:
     """Backward of linear maps: each once for its input, once for its weight; `extra` (attention scores) for the input
-    alone. Elementwise passes read and write about twice what the forward did."""
-    for_input = Pass(matmuls + extra, 2 * forward.memory_bytes, forward.messages)
-    for_weight = Pass(matmuls, 0.5 * forward.memory_bytes)
-    return forward, for_input, for_weight, Pass(2 * matmuls + extra, 2 * forward.memory_bytes, forward.messages)
+    alone. Elementwise passes read and write about twice what the forward did. `messages` are the backward's."""
+    for_input = Pass(forward.matmuls + extra, 2 * forward.memory_bytes, messages)
+    for_weight = Pass(forward.matmuls, 0.5 * forward.memory_bytes)
+    return forward, for_input, for_weight, Pass(2 * forward.matmuls + extra, 2 * forward.memory_bytes, messages)
 
 
 def _embed(work: Workload) -> _Passes:
@@ -115,16 +125,23 @@ def _attention(work: Workload) -> _Passes:
     pairs = window * (work.sequence_length - (window - 1) / 2)  # causal: each position and those before it
     scores = Matmul(2.0 * pairs * h, 2.0 * heads * work.micro_batch_sequences)
     rows = 7 * work.own_tokens * d + t * h * (3 * heads + 3 * groups)
-    forward = Pass((qkv, out, scores), rows * size, _enter_leave(work))
-    # Flash attention computes the scores again, then four products (Dao, 2023).
-    return _split(forward, (qkv, out), (scores._replace(times=2.5 * scores.times),))
+    messages = _enter_leave(work)
+    if model.qk_norm == "full" and work.tp > 1:  # the ranks sum the squares of queries, and of keys
+        messages += (_all_reduce("tp", work.tp, t, _wide(work), 2),)
+    _, for_input, for_weight, together = _split(
+        Pass((qkv, out), rows * size), messages,
+        # Flash attention computes the scores again, then four products (Dao, 2023).
+        (scores._replace(times=2.5 * scores.times),),
+    )  # fmt: skip
+    return Pass((qkv, out, scores), rows * size, messages), for_input, for_weight, together
 
 
 def _dense(work: Workload) -> _Passes:
     t, d, columns = work.tokens, work.model.hidden_size, work.ffn_columns
     matmuls = Matmul(2.0 * t * d * 2 * columns), Matmul(2.0 * t * columns * d)
     moved = (7 * work.own_tokens * d + 3 * t * columns) * _size(work)
-    return _split(Pass(matmuls, moved, _enter_leave(work)), matmuls)
+    messages = _enter_leave(work)
+    return _split(Pass(matmuls, moved, messages), messages)
 
 
 def _experts(work: Workload) -> _Passes:
@@ -132,18 +149,16 @@ def _experts(work: Workload) -> _Passes:
     assert moe is not None
     t, rows, columns = work.own_tokens, work.received_rows, work.expert_columns
     router = Matmul(2.0 * t * d * moe.num_experts)
-    each = rows / max(1, work.experts)
-    grouped = (
-        Matmul(2.0 * each * d * 2 * columns, work.experts),
-        Matmul(2.0 * each * columns * d, work.experts),
-    )
-    wide = 8 if work.precision == "fp64" else 4
+    chunks = work.overlap_chunks if work.block > 1 else 1
+    each, times = rows / max(1, work.experts) / chunks, work.experts * chunks
+    grouped = Matmul(2.0 * each * d * 2 * columns, times), Matmul(2.0 * each * columns * d, times)
     # Norm, residual and sorting on own tokens; gathering, SwiGLU and combining on expert rows; gate in float32.
-    moved = (9 * t * d + rows * (4 * d + 3 * columns)) * size + 20 * work.tokens * moe.num_experts * wide
-    forward = Pass((router, *grouped), moved, _dispatch(work) + _statistics(work))
-    together = _split(forward, (router, *grouped))[3]
+    moved = (9 * t * d + rows * (4 * d + 3 * columns)) * size + 20 * work.tokens * moe.num_experts * _wide(work)
+    there, back = _dispatch(work)
+    forward = Pass((router, *grouped), moved, there + _statistics(work))
+    together = _split(forward, back)[3]
     # The experts' backward is one function of ours: done apart, both halves compute all of it.
-    for_input = Pass((router, *(2 * grouped)), 2 * moved, forward.messages)
+    for_input = Pass((router, *(2 * grouped)), 2 * moved, back)
     for_weight = Pass((router, *(2 * grouped)), 2 * moved)
     return forward, for_input, for_weight, together
 
@@ -154,27 +169,31 @@ def gathers_tokens(work: Workload) -> bool:
     return work.model.moe.top_k * work.etp >= work.block and work.overlap_chunks == 1
 
 
-def _dispatch(work: Workload) -> tuple[Message, ...]:
-    """Tokens to their experts and back (`parallel.dispatcher`)."""
+def _dispatch(work: Workload) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """Tokens to their experts and back (`parallel.dispatcher`), in the forward and in the backward pass."""
     if work.block == 1:
-        return ()
+        return (), ()
     assert work.model.moe is not None
-    row = work.own_tokens * work.model.hidden_size * _size(work)
+    t, k, c, others = work.own_tokens, work.model.moe.top_k, work.overlap_chunks, work.block - 1
+    row = float(t * work.model.hidden_size * _size(work))
     if gathers_tokens(work):
-        sent = row * (work.block - 1)
-        return Message("block", "all_gather", sent), Message("block", "reduce_scatter", sent)
-    there = row * work.model.moe.top_k * work.etp * (work.block - 1) / work.block * work.imbalance
-    both = Message("block", "all_to_all", there, work.overlap_chunks > 1)
-    return both, both
+        weights = Message("block", "all_gather", 1.0 * t * k * _wide(work) * others)
+        experts = Message("block", "all_gather", 1.0 * t * k * _INT64 * others)
+        both = Message("block", "all_gather", row * others), Message("block", "reduce_scatter", row * others)
+        return (*both, weights, experts), (*both, _mirrored(weights))
+    sent = row * k * work.etp * others / work.block * work.imbalance
+    once = Message("block", "all_to_all", sent, c, c > 1)
+    counts = Message("block", "all_gather", 1.0 * c * work.model.moe.num_experts * _INT64 * others)
+    return (once, once, counts), (once, once)
 
 
 def _statistics(work: Workload) -> tuple[Message, ...]:
-    """Gate decisions that tensor-parallel ranks show one another: probabilities, both logits, experts (float32)."""
+    """Gate decisions that tensor-parallel ranks show one another: probabilities, both logits, experts."""
     if work.tp == 1:
         return ()
     assert work.model.moe is not None
     width = 3 * work.model.moe.num_experts + work.model.moe.top_k
-    return (Message("tp", "all_gather", 4.0 * work.own_tokens * width * (work.tp - 1)),)
+    return (Message("tp", "all_gather", float(work.own_tokens * width * _wide(work) * (work.tp - 1))),)
 
 
 def _head(work: Workload) -> _Passes:
@@ -183,44 +202,45 @@ def _head(work: Workload) -> _Passes:
     logits = Matmul(2.0 * t * d * rows)
     enter, leave = _enter_leave(work) or (None, None)
     moved = 6 * work.own_tokens * d * _size(work) + t * rows * (3 * _size(work) + 8)
-    forward = Pass((logits,) * 3, moved, () if enter is None else (enter,))
+    forward = Pass((logits,) * 3, moved, () if enter is None else (enter, *_softmax(work)))
     gradients = (3 * t * d + rows * d * 3) * _size(work) + 8 * rows * d
     backward = Pass((), gradients, () if leave is None else (leave,))
     # Its backward only scales what the forward has made; done apart, both halves do so.
     return forward, backward, backward, backward
 
 
-def _update(work: Workload, unit: str, kind: str) -> Pass:
+def _softmax(work: Workload) -> tuple[Message, ...]:
+    """What the ranks tell one another of every row of logits: its maximum, then its sum and target logit."""
+    whole, rest = divmod(work.tokens, _HEAD_ROWS)
+    found = []
+    for rows, times in ((_HEAD_ROWS, whole), (rest, 1)):
+        if rows and times:
+            found += [_all_reduce("tp", work.tp, width * rows, _wide(work), times) for width in (1, 2)]
+    return tuple(found)
+
+
+def _update(work: Workload, unit: str) -> Pass:
     """Gradient reduction over copies, optimiser on the own share, weights back to all (`parallel.zero`)."""
-    each = bytes_per_parameter(work.precision, work.optimizer)
-    experts, dense = parameters(work, unit)
+    each, wide = bytes_per_parameter(work.precision, work.optimizer), _wide(work)
     moved, messages = 0.0, list[Message]()
-    groups: tuple[tuple[GroupName, int, float], ...] = (
-        ("dp", work.dp, dense),
-        ("expert_dp", work.expert_dp, experts),
-    )
-    wide = 8 if work.precision == "fp64" else 4
-    for group, copies, params in groups:
-        owned = params / copies if work.zero else params
+    groups: tuple[Replicas, ...] = ("dp", "dp_tp", "expert_dp")
+    for group in groups:
+        size = copies(work, group)
+        numels = [part.numel for part in unit_parts(work, unit) if part.replicas == group]
+        params = sum(numels)
+        owned = sum(-(-numel // size) for numel in numels) if work.zero else params
         moved += params * (each.gradients + each.weights) + owned * (2 * each.optimizer + 2 * each.gradients)
-        if copies > 1 and params:
-            moved += 4 * params * wide  # packing and unpacking
-            messages.append(Message(group, "reduce_scatter", params * wide * (copies - 1) / copies))
-            back = each.weights if work.zero else wide
-            messages.append(Message(group, "all_gather", params * back * (copies - 1) / copies))
+        if size == 1 or not params:
+            continue
+        moved += 4 * params * wide  # packing and unpacking
+        times = params / _BUCKET  # collectives are shared with other units
+        if work.zero:
+            sent = float(owned * (size - 1))
+            messages.append(Message(group, "reduce_scatter", sent * wide, times))
+            messages.append(Message(group, "all_gather", sent * each.weights, times))
+        else:
+            messages.append(_all_reduce(group, size, params, wide)._replace(times=times))
     return Pass((), moved, tuple(messages))
-
-
-def parameters(work: Workload, unit: str) -> tuple[float, float]:
-    """Weights of a unit on one rank: those of experts, and all others."""
-    model = work.model
-    total = model.unit_parameters(unit)
-    if unit_kind(model, unit) != "experts":
-        return 0.0, total / work.tp
-    assert model.moe is not None
-    every = 3 * model.hidden_size * model.moe.expert_size * model.moe.num_experts
-    own = 3 * model.hidden_size * work.expert_columns * work.experts
-    return float(own), float(total - every)
 
 
 def _mirrored(message: Message) -> Message:
@@ -229,6 +249,11 @@ def _mirrored(message: Message) -> Message:
 
 def _size(work: Workload) -> int:
     return ELEMENT_BYTES[work.precision]
+
+
+def _wide(work: Workload) -> int:
+    """Bytes of what is computed, or summed over ranks, in higher precision (`kernels.precision.widen`)."""
+    return max(4, _size(work))
 
 
 def model_flops_per_token(work: Workload, attention: Literal["none", "causal", "full"] = "causal") -> float:

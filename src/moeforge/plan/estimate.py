@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,8 +30,8 @@ class Span(NamedTuple):
 class Estimator:
     """Times of a workload's units on a cluster. World ranks are those of `Layout`: tp fastest, then dp, then pp.
 
-    A ring over m members a node, each with a link of its own, crosses nodes at m times one link's bandwidth. Messages
-    cost their latency log2(size) times; an all-to-all once.
+    A ring over m members a node, each with a link of its own, crosses nodes at m times one link's bandwidth. A
+    collective costs its latency log2(size) times, an all-reduce twice as often, an all-to-all once.
     """
 
     def __init__(self, hardware: HardwareProfile, work: Workload) -> None:
@@ -82,9 +84,13 @@ class Estimator:
         """A pass: matmuls, then memory-bound passes, then messages, less what of them hides behind the matmuls."""
         if not (work.matmuls or work.memory_bytes or work.messages):
             return 0.0
-        compute = sum(matmul.times * matmul.flops / self.rate(matmul.flops) for matmul in work.matmuls)
+        compute = self.compute(work)
         moving = work.memory_bytes / (self.hardware.memory_gbytes_per_second * 1e9)
         return compute + moving + self.exposed(work, compute) + self.hardware.unit_overhead_us * 1e-6
+
+    def compute(self, work: Pass) -> float:
+        """Seconds of the matmuls."""
+        return sum(matmul.times * matmul.flops / self.rate(matmul.flops) for matmul in work.matmuls)
 
     def exposed(self, work: Pass, compute: float) -> float:
         """Seconds of messages during which nothing is computed.
@@ -111,12 +117,12 @@ class Estimator:
         return self.rates[right - 1] * (1 - share) + self.rates[right] * share
 
     def message(self, message: Message) -> float:
-        """Seconds of a collective."""
+        """Seconds of collectives."""
         size, stride = self.groups[message.group]
-        return self.collective(message.operation, size, stride, message.bytes)
+        return self.collective(message.operation, size, stride, message.bytes, message.times)
 
-    def collective(self, operation: str, size: int, stride: int, sent: float) -> float:
-        """Seconds of a collective over `size` ranks, `stride` apart, each of which sends `sent` bytes."""
+    def collective(self, operation: str, size: int, stride: int, sent: float, times: float = 1) -> float:
+        """Seconds of so many collectives over `size` ranks, `stride` apart, in which each sends `sent` bytes in all."""
         if size <= 1 or sent <= 0:
             return 0.0
         inside, across = self.hardware.intra_node, self.hardware.inter_node
@@ -132,22 +138,18 @@ class Estimator:
             else:
                 links = max(sent / inside.gbytes_per_second, sent / (members * across.gbytes_per_second)) / 1e9
         hops = 1 if operation == "all_to_all" else math.ceil(math.log2(size))
-        return links + hops * latency * 1e-6
+        if operation == "all_reduce":
+            hops *= 2
+        return links + times * hops * latency * 1e-6
 
     def members(self, size: int, stride: int) -> int:
-        """Ranks of a group on one node: those of the group that starts at a node's first rank."""
-        per_node = self.hardware.devices_per_node
-        if self.hardware.nodes == 1:
-            return size
-        return max(1, min(size, per_node // stride if per_node % stride == 0 else (per_node - 1) // stride + 1))
+        """Ranks of a group on one node, where they are fewest."""
+        return _placement(self.hardware.devices, self.hardware.devices_per_node, size, stride)[0]
 
     def outside_bytes(self, message: Message) -> float:
-        """Of the bytes that a rank sends, those that leave its node."""
+        """Of the bytes that a rank sends, those that leave its node: equal parts to all peers, the mean over ranks."""
         size, stride = self.groups[message.group]
-        members = self.members(size, stride)
-        if size <= 1 or members >= size:
-            return 0.0
-        return message.bytes * (size - members) / (size - 1)
+        return message.bytes * _placement(self.hardware.devices, self.hardware.devices_per_node, size, stride)[1]
 
     def transfer(self) -> float:
         """Seconds of a hidden state, or its gradient, from one pipeline stage to the next."""
@@ -166,6 +168,21 @@ class Estimator:
         inside = self.hardware.nodes == 1 or self.work.dp * self.work.tp < self.hardware.devices_per_node
         link = self.hardware.intra_node if inside else self.hardware.inter_node
         return sent / (link.gbytes_per_second * 1e9) + link.latency_us * 1e-6
+
+
+@functools.lru_cache(maxsize=4096)
+def _placement(devices: int, per_node: int, size: int, stride: int) -> tuple[int, float]:
+    """Of all groups of `size` ranks, `stride` apart: the least number on one node, and the mean share of a rank's peers
+    that are on other nodes. Groups fill `size * stride` consecutive ranks, and so on; nodes may cut them unevenly."""
+    if size <= 1 or devices <= per_node:
+        return size, 0.0
+    width = size * stride
+    least, apart, groups = size, 0, 0
+    for begin in range(0, min(math.lcm(width, per_node), devices), width):
+        for first in range(begin, begin + stride):
+            held = Counter(rank // per_node for rank in range(first, first + width, stride)).values()
+            least, apart, groups = min(least, *held), apart + size**2 - sum(n * n for n in held), groups + 1
+    return least, apart / (groups * size * (size - 1))
 
 
 def _find_measured(hardware: HardwareProfile, work: Workload) -> dict[str, UnitTime] | None:

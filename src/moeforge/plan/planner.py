@@ -156,7 +156,8 @@ def plan_of_split(hardware: HardwareProfile, work: Workload, arrangement: Arrang
         Stage(begin, end, tuple(names[i] for i in units))
         for (begin, end), units in zip(split.spans, split.recomputed, strict=True)
     )
-    layout = replace(even_layout(work, arrangement, whole=False), stages=stages)
+    micro = arrangement.micro_batch_sequences
+    layout = replace(even_layout(work, arrangement, whole=False), stages=stages, micro_batch_sequences=micro)
     return evaluate(hardware, work, arrangement, layout, min(split.lower_bound, split.seconds))
 
 

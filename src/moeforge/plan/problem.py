@@ -46,7 +46,8 @@ class PipelineProblem:
     `cuts` are the units before which a stage may begin, ascending, without the first. `boundary` bytes are kept for
     each micro-batch in flight beside the units' own. All along a stage keeps `received` bytes for each neighbour, and
     the head's rank `tied` ones where another rank has the embedding, with which it sums their gradients in
-    `tied_reduction` seconds a step. `memory` is the bytes that a rank may use.
+    `tied_reduction` seconds a step. `memory` is the bytes that a rank may use. `same_recompute`: every stage
+    recomputes so many units of each kind (or all that it has), instead of its own choice.
     """
 
     units: tuple[PlanUnit, ...]
@@ -62,6 +63,7 @@ class PipelineProblem:
     tied: int = 0
     tied_reduction: float = 0.0
     is_tied: bool = False
+    same_recompute: int | None = None
 
     @property
     def stages(self) -> int:
@@ -125,6 +127,9 @@ class PipelineProblem:
         units = self._examples
         sizes = [n + 1 if unit.recomputable else 1 for n, unit in zip(composition, units, strict=True)]
         again = np.indices(sizes).reshape(len(sizes), -1).T.astype(np.int64)  # [ways, classes]
+        if self.same_recompute is not None:
+            wanted = [min(self.same_recompute, size - 1) for size in sizes]
+            again = again[(again == wanted).all(1)]
         plain = np.array(composition) - again
         extra = again @ np.array([unit.time.recompute for unit in units])
         kept = again @ np.array([unit.checkpoint for unit in units]) + plain @ np.array([unit.kept for unit in units])

@@ -98,7 +98,7 @@ def candidates(
     hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]
 ) -> Iterable[tuple[Arrangement, Workload]]:
     """Arrangements with the work that each makes of `work`."""
-    for a in arrangements(work.model, hardware, work.batch_sequences, fixed):
+    for a in arrangements(work.model, hardware, work.batch_sequences, fixed, work.group_sequences):
         yield a, work_of(work, a)
 
 

@@ -28,6 +28,7 @@ class Workload:
     optimizer: str = "adamw"
     zero: bool = True
     overlap_chunks: int = 1
+    group_sequences: int = 1
     imbalance: float = 1.0
 
     @property

@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from moeforge.checkpoint import Checkpoint, load_part, open_checkpoint, pick_device
-from moeforge.config.parallel import check_batch, layout_for
+from moeforge.config.parallel import check_batch, layout_for, with_planned_micro_batches
 from moeforge.config.schema import TrainConfig
 from moeforge.config.toml import dump_config
 from moeforge.data import PackedDataset, TokenCache, build_cache
@@ -113,10 +113,13 @@ def prepare(
         with together(), watchdog.paused():
             if finished(config, resume):
                 raise UserError(f"run.dir = {run_dir}: another process has just finished this run; its result is there")
+            planned = None if plan is None else Layout.read(plan)
+            if planned is not None:
+                config = with_planned_micro_batches(config, planned)
             resumed = find_resume(config, resume)
             source = open_checkpoint(config.model.path)
             _check_positions(config, source)
-            layout = _layout(config, source, plan, world_size)
+            layout = _layout(config, source, planned, world_size)
             train_data, held_out = open_data(config, source.tokenizer(), progress)
             if resumed and resumed[1].data != train_data.identity():
                 raise UserError(
@@ -140,13 +143,12 @@ def prepare(
         return trainer
 
 
-def _layout(config: TrainConfig, source: Checkpoint, plan: Path | None, world_size: int) -> Layout:
-    if plan is None:
+def _layout(config: TrainConfig, source: Checkpoint, planned: Layout | None, world_size: int) -> Layout:
+    if planned is None:
         return layout_for(config, source.config, world_size)
-    layout = Layout.read(plan)
-    layout.check(source.config, world_size)
-    check_batch(config, layout)
-    return layout
+    planned.check(source.config, world_size)
+    check_batch(config, planned)
+    return planned
 
 
 def load_chunks(source: Checkpoint, mesh: Mesh, dtype: torch.dtype, empty: bool = False) -> list[Transformer]:

@@ -1,0 +1,147 @@
+"""What would make a plan possible where none is: the smallest change of one thing at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from moeforge.config.hardware import HardwareProfile
+from moeforge.layout import unit_names
+from moeforge.plan.arrangement import Arrangement
+from moeforge.plan.exact import best_1f1b
+from moeforge.plan.planner import even_layout, make_problem, plan_of_split, rank_peak_bytes
+from moeforge.plan.search import candidates
+from moeforge.plan.static_memory import unit_static_bytes
+from moeforge.plan.workload import Workload
+
+_MOST_NODES = 64
+"""Times as many nodes as are tried."""
+
+
+def advise(hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]) -> str:
+    """One line: how much is missing, and the smallest single changes that would fit.
+
+    Tried are other values of each fixed key (nearest first), more nodes, and more memory.
+    """
+    need = _least_memory(hardware, work, fixed)
+    if need is None:
+        return _no_arrangement(hardware, work, fixed)
+    changes = [*_other_values(hardware, work, fixed), *_more_nodes(hardware, work, fixed)]
+    changes.append(f"devices with {need / 1e9:.1f} GB to use")
+    return (
+        f"no plan fits: {hardware.name} has {hardware.usable_bytes / 1e9:.1f} GB to use a device, and the fullest one "
+        f"needs {need / 1e9:.1f} GB with everything recomputed. Smallest changes that fit: {'; or '.join(changes)}"
+    )
+
+
+def _no_arrangement(hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]) -> str:
+    given = ", ".join(f"{key} = {value}" for key, value in fixed.items()) or "nothing fixed"
+    return (
+        f"train.batch_sequences = {work.batch_sequences}: no pp x dp x tp of the {hardware.devices} devices of "
+        f"{hardware.name} with {given} divides it into whole micro-batches and has experts and layers enough; use a "
+        f"multiple of {hardware.devices}, or fix less"
+    )
+
+
+def _other_values(
+    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]
+) -> Iterable[str]:
+    """For each fixed key its nearest value that fits, everything else as it is."""
+    names = {"micro_batch_sequences": "train.micro_batch_sequences"}
+    for key, value in fixed.items():
+        free = {other: kept for other, kept in fixed.items() if other != key and not (key == "pp" and other == "dp")}
+        fitting: dict[Any, float] = {}
+        for a, _ in _fitting(hardware, work, free):
+            other = getattr(a, key)
+            if other != value:
+                near = abs(np.log(other / value)) if isinstance(value, int) and value else 0.0
+                fitting[other] = min(near, fitting.get(other, near))
+        if fitting:
+            nearest = min(fitting, key=lambda other: (fitting[other], str(other)))
+            yield f"{names.get(key, f'parallel.{key}')} = {nearest} (is {value})"
+
+
+def _more_nodes(
+    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]
+) -> Iterable[str]:
+    times = 2
+    while times <= _MOST_NODES:
+        larger = hardware.model_copy(update={"nodes": hardware.nodes * times})
+        batch = max(work.batch_sequences, -(-work.batch_sequences // larger.devices) * larger.devices)
+        if any(True for _ in _fitting(larger, replace(work, batch_sequences=batch), fixed)):
+            yield f"{hardware.nodes * times} nodes (are {hardware.nodes})"
+            return
+        times *= 2
+
+
+def _fitting(
+    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]
+) -> Iterable[tuple[Arrangement, Workload]]:
+    for a, own in _smallest(hardware, work, fixed):
+        cap = hardware.usable_bytes
+        if _floor_bytes(own, a) <= cap and least_bytes(hardware, own, a) <= cap:
+            yield a, own
+
+
+def _smallest(
+    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]
+) -> Iterable[tuple[Arrangement, Workload]]:
+    """Arrangements that take least: 1F1B, unless another schedule is fixed, and the smallest micro-batch."""
+    found = [(a, own) for a, own in candidates(hardware, work, fixed) if "schedule" in fixed or a.schedule == "1f1b"]
+    smallest: dict[tuple[int, ...], int] = {}
+    for a, _ in found:
+        key = (a.pp, a.dp, a.tp, a.ep, a.etp)
+        smallest[key] = min(a.micro_batch_sequences, smallest.get(key, a.micro_batch_sequences))
+    for a, own in found:
+        if a.micro_batch_sequences == smallest[a.pp, a.dp, a.tp, a.ep, a.etp]:
+            yield a, own
+
+
+def _floor_bytes(work: Workload, arrangement: Arrangement) -> float:
+    """Quickly told: no rank is below the mean, nor below one unit."""
+    static = [unit_static_bytes(work, name) for name in unit_names(work.model)]
+    return max(sum(static) / arrangement.pp, *static)
+
+
+def _least_memory(hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]) -> float | None:
+    least = None
+    for a, own in sorted(_smallest(hardware, work, fixed), key=lambda found: _floor_bytes(found[1], found[0])):
+        if least is not None and _floor_bytes(own, a) >= least:
+            break
+        need = least_bytes(hardware, own, a)
+        least = need if least is None else min(least, need)
+    return least
+
+
+def least_bytes(hardware: HardwareProfile, work: Workload, arrangement: Arrangement) -> float:
+    """The smallest possible fullest rank of an arrangement, whatever is recomputed: over all splits into whole layers.
+    Where ranks have several stages, that of even ones with everything recomputed."""
+    if arrangement.chunks > 1:
+        layout = even_layout(work, arrangement, work.model.num_layers)
+        return max(rank_peak_bytes(work, layout, rank) for rank in range(arrangement.pp))
+    problem = make_problem(hardware, work, arrangement, True)
+    at = (0, *problem.cuts, len(problem.units))
+    best = np.full(len(at), np.inf)
+    best[0] = 0.0
+    known: dict[tuple[tuple[int, ...], int, bool, bool], float] = {}
+    for rank in range(problem.pp):
+        held = problem.in_flight[rank][0][0]
+        reached = np.full(len(at), np.inf)
+        for i in range(len(at) - 1):
+            if not np.isfinite(best[i]):
+                continue
+            for j in range(i + 1, len(at)):
+                key = problem.composition(at[i], at[j]), held, i == 0, j == len(at) - 1
+                if key not in known:
+                    options = problem.options(key[0])
+                    static = problem.static_bytes([(at[i], at[j])])
+                    known[key] = static + float((held * options.kept + options.transient).min())
+                reached[j] = min(reached[j], max(best[i], known[key]))
+        best = reached
+    need = float(best[-1])
+    split = best_1f1b(replace(problem, memory=need * (1 + 1e-9)))
+    # The update may need more than the pipeline, with its buffers.
+    return need if split is None else max(need, *plan_of_split(hardware, work, arrangement, split).peaks)

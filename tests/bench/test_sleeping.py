@@ -85,8 +85,9 @@ def test_cases_can_run_and_repeat(processes: int) -> None:
         require_schedule(case.schedule, len(case.units), processes, case.micro_batches)
         assert 2 * processes <= case.micro_batches <= 3 * processes
         for unit, _ in case.units:
-            assert min(unit.forward, unit.backward_input, unit.backward_weight) >= 0.01
-            assert unit.backward == pytest.approx(2 * unit.forward) and unit.backward <= 0.0601
+            parts = (unit.forward, unit.backward_input, unit.backward_weight)
+            assert min(parts) >= 0.01 and max(parts) <= 0.06
+            assert unit.backward == pytest.approx(2 * unit.forward)
 
 
 def _measured(rank: int) -> list[dict[str, Any]]:

@@ -35,8 +35,9 @@ from moeforge.model import Transformer
 from moeforge.parallel import Group, Mesh, launch
 from moeforge.parallel.pipeline import share_tied
 from moeforge.plan.memory import unit_kind
+from moeforge.plan.problem import PipelineProblem, PlanUnit
 from moeforge.plan.simulator import simulate
-from moeforge.plan.times import UnitTime, stage_time
+from moeforge.plan.times import UnitTime
 from moeforge.train import Trainer
 from moeforge.train.optimizer import MODEL_DTYPE
 from moeforge.train.run import load_chunks
@@ -68,10 +69,10 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     keep_freed_memory()
     torch.set_num_threads(threads_of(processes))
     launch.initialise(device, 600)
-    source, shape = _model(job)
-    configs = {plan["name"]: _config(job, plan, processes) for plan in job["plans"]}
+    source, shape = model_of(job)
+    configs = {plan["name"]: plan_config(job, plan, processes) for plan in job["plans"]}
     meshes = {name: Mesh.create(layout_for(each, shape, processes), device) for name, each in configs.items()}
-    trainers = {name: _trainer(job, config, shape, source, meshes[name]) for name, config in configs.items()}
+    trainers = {name: plan_trainer(job, config, shape, source, meshes[name]) for name, config in configs.items()}
     world = next(iter(meshes.values())).world
     gauge = Gauge(job, shape, world)
 
@@ -102,21 +103,21 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
 def simulated_seconds(layout: Layout, shape: ModelConfig, figures: Figures, micro_batches: int) -> float:
     """Seconds of a step of this layout by the simulator."""
-    names, kinds = unit_names(shape), figures.kinds
-    stages = []
-    for index, stage in enumerate(layout.stages):
-        own = names[stage.begin_unit : stage.end_unit]
-        tied_ends = shape.tie_embeddings and {"embed", "head"} <= set(own)
-        made = stage_time(((kinds[unit_kind(shape, name)], name in stage.recompute) for name in own), tied_ends)
-        if index == 0 and made.backward_weight and layout.pp > 1:
-            # torch leaves the first stage's whole backward for when its weights' turn comes.
-            made = dataclasses.replace(made, backward_input=0.0, backward_weight=made.backward)
-        stages.append(made)
-    ends = [layout.stage_of_unit(unit) for unit in (0, len(names) - 1)]
-    if shape.tie_embeddings and layout.pp_rank_of(ends[0]) != layout.pp_rank_of(ends[1]):
-        # A copy of the embedding on the head's rank, updated there too once the gradients are summed.
-        for end, again in zip(ends, (0.0, kinds["embed"].update), strict=True):
-            stages[end] += UnitTime(update=figures.tied_all_reduce + again)
+    names = unit_names(shape)
+    problem = PipelineProblem(
+        units=tuple(PlanUnit(figures.kinds[unit_kind(shape, name)]) for name in names),
+        cuts=(),
+        pp=layout.pp,
+        micro_batches=micro_batches,
+        schedule=layout.schedule,
+        chunks=layout.chunks,
+        tied_reduction=figures.tied_all_reduce,
+        is_tied=shape.tie_embeddings,
+    )
+    stages = [
+        problem.stage(stage.begin_unit, stage.end_unit, [names.index(name) for name in stage.recompute])
+        for stage in layout.stages
+    ]
     return simulate(layout.schedule, layout.pp, micro_batches, stages, figures.transfer).step_seconds
 
 
@@ -188,7 +189,7 @@ def _compare(seconds: dict[str, list[float]], simulated: dict[str, float]) -> di
     }
 
 
-def _model(job: dict[str, Any]) -> tuple[Checkpoint | None, ModelConfig]:
+def model_of(job: dict[str, Any]) -> tuple[Checkpoint | None, ModelConfig]:
     """The checkpoint, None for random weights, and the shape of what is trained."""
     name, layers = job["model"], job.get("layers")
     source = None if name in PRESETS and not Path(name).exists() else open_checkpoint(name)
@@ -205,7 +206,8 @@ def _model(job: dict[str, Any]) -> tuple[Checkpoint | None, ModelConfig]:
     return source, shape
 
 
-def _config(job: dict[str, Any], plan: dict[str, Any], processes: int) -> TrainConfig:
+def plan_config(job: dict[str, Any], plan: dict[str, Any], processes: int) -> TrainConfig:
+    """The training file of a plan, with keys as in `main`."""
     stages = plan["stages"]
     parallel = {
         "pp": processes,
@@ -231,7 +233,7 @@ def _config(job: dict[str, Any], plan: dict[str, Any], processes: int) -> TrainC
         raise UserError(f"plan {plan['name']}: {where} = {problem['input']!r}: {problem['msg']}") from error
 
 
-def _trainer(
+def plan_trainer(
     job: dict[str, Any], config: TrainConfig, shape: ModelConfig, source: Checkpoint | None, mesh: Mesh
 ) -> Trainer:
     """A trainer without a run directory."""

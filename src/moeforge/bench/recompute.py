@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from moeforge.bench.pipeline import pipeline_config, pipeline_trainer
-from moeforge.checkpoint import open_checkpoint
+from moeforge.bench.plan_accuracy import DEFAULTS, model_of, plan_config, plan_trainer
+from moeforge.config.parallel import layout_for
 from moeforge.errors import RunError
-from moeforge.parallel import launch
+from moeforge.parallel import Mesh, launch
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
-    """Keys of `job`: as in `bench.pipeline`, with `settings` (name -> {"stages": [..], "recompute_layers": [..]}),
+    """Keys of `job`: as in `bench.plan_accuracy`, with `settings` (name -> {"stages": [..], "recompute_layers": [..]}),
     `steps` and `runs`. Returns for each setting the peak resident bytes of each rank and the median step."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in job["settings"]}
     for _ in range(job["runs"]):
@@ -60,8 +60,10 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
     """One rank: a warm-up step, then `steps` timed ones."""
     torch.set_num_threads(1)
     launch.initialise(torch.device("cpu"), 600)
-    config = pipeline_config(job, job["stages"], job["recompute_layers"])
-    trainer = pipeline_trainer(job, config, open_checkpoint(job["model"]).config)
+    job, device = DEFAULTS | job, torch.device("cpu")
+    source, shape = model_of(job)
+    config = plan_config(job, {"name": "this", **job}, 2)
+    trainer = plan_trainer(job, config, shape, source, Mesh.create(layout_for(config, shape, 2), device))
     seconds = []
     for step in range(job["steps"] + 1):
         begin = time.perf_counter()

@@ -70,12 +70,13 @@ def cases(processes: int, seed: int = 0) -> list[Case]:
     made = []
     for schedule, chunks in _SCHEDULES:
         rounds = schedule in ("interleaved-1f1b", "zero-bubble")  # these want whole rounds
-        micro_batches = 2 * processes if rounds else 2 * processes + processes // 4
+        micro_batches = 2 * processes if rounds else 2 * processes + 1
         count = processes * chunks
         uneven = [drawn_unit(chance, *((0.016, 0.03) if chunks == 1 else (0.018, 0.024))) for _ in range(count)]
         kinds = {"uneven": [(unit, False) for unit in uneven]}
         if (schedule, chunks) == ("zero-bubble", 1):
-            kinds["uniform"] = [(_unit(0.025, 0.025, 0.025), False)] * count
+            # Longer: equal stages wake up at the same moments, and then wait for one another's processor.
+            kinds["uniform"] = [(_unit(0.04, 0.04, 0.04), False)] * count
         if schedule in ("1f1b", "zbv"):
             kinds["recomputed"] = [(unit, stage % 3 == 0) for stage, unit in enumerate(uneven)]
         for name, units in kinds.items():
@@ -171,9 +172,7 @@ class SleepingChunk(nn.Module):
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, context: ForwardContext, hidden: Tensor | None) -> Tensor:
         """[t, D] as in `Transformer.forward`."""
-        x = hidden
-        if self.embed is not None:
-            x = self.embed.expand(len(tokens_T), _HIDDEN)
+        x = hidden if self.embed is None else self.embed.expand(len(tokens_T), _HIDDEN)
         assert x is not None
         out: Tensor = recomputed(self.unit, x) if self.recompute else self.unit(x)
         return out.clone() if out._is_view() else out

@@ -5,12 +5,13 @@ memory matters; what is left to choose are the boundaries. Candidates are cut of
 simulated, many at a time.
 
 The bounds are lengths of paths through the 1F1B graph (p stages, m micro-batches, w = p - 1 - k stages after stage k,
-t = forward + backward, c the transfer time): down to stage k (P, the t of those before), to the last stage and back
-(S, the t of those after), stage k alternating, once more to the last stage and back, and up:
+t = forward + backward): down to stage k (P, the t of those before), to the last stage and back (S, the t of those
+after), stage k alternating, once more to the last stage and back, and up:
 
-    T >= P + 2 c k + max(w F_k, S + 2 c w) + max(w B_k, S + 2 c w) + (m - w) t_k
+    T >= P + max(w F_k, S) + max(w B_k, S) + (m - w) t_k
 
-and likewise alternating between stages k and l > k, where each round takes their sum and 2 c (l - k).
+Transfers are waited for by the receiver (`simulator.Program`), so that they count as work of its stage: of every forward
+but the first stage's, of every backward but the last one's.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class _Search:
     def __init__(self, problem: PipelineProblem) -> None:
         self.problem, self.p, self.m = problem, problem.pp, problem.micro_batches
         self.at = (0, *problem.cuts, len(problem.units))
-        self.c = problem.transfer if self.p > 1 else 0.0
+        first, last = np.arange(self.p) == 0, np.arange(self.p) == self.p - 1
+        self.receiving = problem.transfer * ~first, problem.transfer * ~last
         units = [unit.time for unit in problem.units]
         self.forward, self.backward, self.update = (
             _ranges([getattr(unit, key) for unit in units], self.at) for key in ("forward", "backward", "update")
@@ -69,7 +71,9 @@ class _Search:
             self.update[:, -1] += np.where(np.array(self.at) > 0, problem.extra_update(1, whole), 0.0)
         self.choice, self.extra = self._cheapest()
         self.base = np.concatenate([[0.0], np.cumsum([u.forward + u.backward for u in units])])[list(self.at)]
-        self.work = self.forward + self.backward + self.extra
+        waits = self.receiving[0] + self.receiving[1]
+        self.work = self.forward + self.backward + self.extra + waits[:, None, None]
+        self.waits_before = np.concatenate([[0.0], waits.cumsum()])
         self._bounds()
 
     def _cheapest(self) -> tuple[NDArray[np.int64], Array]:
@@ -107,7 +111,8 @@ class _Search:
         self.rest, self.rest_update = np.full((p + 1, size), _NEVER), np.full((p + 1, size), _NEVER)
         self.rest[0, 0] = self.rest_update[0, 0] = 0.0
         for k in range(p):
-            suffix = self.base[-1] - self.base[None, :] + after[k + 1][None, :]
+            waits = self.waits_before[p] - self.waits_before[k + 1]
+            suffix = self.base[-1] - self.base[None, :] + after[k + 1][None, :] + waits
             bound = self._stage_bound(k, np.arange(size)[:, None], np.arange(size)[None, :], suffix)
             self.rest[k + 1] = np.maximum(self.rest[k][:, None], bound).min(0)
             update = np.where(self.extra[k] < _NEVER, self.update, _NEVER)
@@ -115,22 +120,10 @@ class _Search:
 
     def _stage_bound(self, k: int, i: NDArray[np.int64], j: NDArray[np.int64], suffix: Array) -> Array:
         """The bound through stage k = [i, j), `suffix` seconds of work after it."""
-        forward, work = self.forward[i, j], self.work[k, i, j]
-        ahead, c = self.p - 1 - k, self.c
-        prefix = self.base[i] + self.before[k][i] + 2 * c * k
-        loop = suffix + 2 * c * ahead
-        ramps = np.maximum(ahead * forward, loop) + np.maximum(ahead * (work - forward), loop)
-        bound = prefix + ramps + (self.m - ahead) * work
-        if self.c and (rounds := self._rounds(k, self.p - 1)) is not None:
-            whole, left = rounds
-            through = work + suffix + 2 * c * ahead
-            bound = np.maximum(bound, prefix + ramps + (2 + left) * work + whole * through)
-        return bound
-
-    def _rounds(self, k: int, last: int) -> tuple[int, int] | None:
-        """Rounds between stages k and `last` that a path has time for, and what is left for stage k alone."""
-        spare = self.m - self.p - 1 + k
-        return None if spare < 0 else divmod(spare, last - k + 1)
+        forward, work, ahead = self.forward[i, j] + self.receiving[0][k], self.work[k, i, j], self.p - 1 - k
+        prefix = self.base[i] + self.before[k][i] + self.waits_before[k]
+        ramps = np.maximum(ahead * forward, suffix) + np.maximum(ahead * (work - forward), suffix)
+        return prefix + ramps + (self.m - ahead) * work
 
     def run(self, known: float) -> Split | None:
         size = len(self.at)
@@ -182,11 +175,6 @@ class _Search:
         total = np.maximum(bound + np.maximum(update, self.rest_update[stage][i]), bounds[:, None])
         node, where = np.nonzero(total < best * (1 - 1e-12))
         total, begin, update = total[node, where], begins[where], update[node, where]
-        if self.c and len(node):
-            alternating = self._windows(stage, begin, paths[node, k], works[node])
-            total = np.maximum(total, alternating + np.maximum(update, self.rest_update[stage][begin]))
-            alive = total < best * (1 - 1e-12)
-            node, total, begin, update = node[alive], total[alive], begin[alive], update[alive]
         order = np.argsort(-total, kind="stable")
         node, begin = node[order], begin[order]
         made, grown = paths[node], works[node]
@@ -196,21 +184,13 @@ class _Search:
         pieces = range(0, len(node), _BATCH)
         return [(stage, *(array[start : start + _BATCH] for array in new)) for start in pieces]
 
-    def _windows(self, k: int, i: NDArray[np.int64], j: NDArray[np.int64], works: Array) -> Array:
-        """The largest bound of paths that alternate between stage k = [i, j) and later ones, for nodes [N]."""
-        own, ahead = self.work[k, i, j], self.p - 1 - k
-        later = works[:, k + 1 : self.p].cumsum(1)
-        if not ahead or self._rounds(k, k + 1) is None:
-            return np.zeros_like(own)
-        fixed = self.base[i] + self.before[k][i] + 2 * self.c * k + 2 * (later[:, -1] + 2 * self.c * ahead)
-        rounds = np.array([self._rounds(k, last) for last in range(k + 1, self.p)])
-        once = own[:, None] + later + 2 * self.c * np.arange(1, ahead + 1)
-        return fixed + ((2 + rounds[:, 1]) * own[:, None] + rounds[:, 0] * once).max(1)
-
     def _simulate(self, paths: NDArray[np.int64]) -> Array:
         k, i, j = np.arange(self.p)[:, None], paths[:, :-1].T, paths[:, 1:].T
-        times = {"F": self.forward[i, j], "B": self.backward[i, j] + self.extra[k, i, j]}
-        return program("1f1b", self.p, 1, self.m).seconds(times, self.problem.transfer)
+        times = {
+            "F": self.forward[i, j] + self.receiving[0][:, None],
+            "B": self.backward[i, j] + self.extra[k, i, j] + self.receiving[1][:, None],
+        }
+        return program("1f1b", self.p, 1, self.m).seconds(times, 0.0)
 
 
 def _ranges(values: Sequence[float], at: Sequence[int]) -> Array:

@@ -83,10 +83,15 @@ class _Node(NamedTuple):
 
 
 class Program:
-    """The actions of all ranks in an order in which each comes after what it waits for."""
+    """The actions of all ranks in an order in which each comes after what it waits for.
 
-    def __init__(self, actions: Sequence[Sequence[Action]]) -> None:
+    `late`: a rank asks for what it receives only once it is free, as torch's Schedule1F1B does, so that no transfer
+    hides behind its computation; the runtime of torch's other schedules asks ahead.
+    """
+
+    def __init__(self, actions: Sequence[Sequence[Action]], late: bool = False) -> None:
         self.nodes: list[_Node] = []
+        self.late = late
         where = {action: rank for rank, own in enumerate(actions) for action in own}
         last = max(action.stage for action in where)
         number: dict[Action, int] = {}
@@ -130,7 +135,10 @@ class Program:
         for _, (stage, kind, _), before, source, remote in self.nodes:
             begin = zero if before < 0 else ends[before]
             if source >= 0 and source != before:
-                begin = np.maximum(begin, ends[source] + transfer if remote and transfer else ends[source])
+                if remote and not self.late:
+                    begin = np.maximum(begin, ends[source] + transfer)
+                else:
+                    begin = np.maximum(begin, ends[source]) + (transfer if remote else 0.0)
             ends.append(begin + stages[kind][stage])
         return ends
 
@@ -157,14 +165,14 @@ def columns(candidates: Sequence[Sequence[UnitTime]]) -> dict[str, Array]:
 @functools.lru_cache(maxsize=256)
 def program(schedule: str, pp: int, chunks: int, micro_batches: int) -> Program:
     """The program of a schedule. Raises UserError for what it cannot run."""
-    return Program(schedule_actions(schedule, pp, chunks, micro_batches))
+    return Program(schedule_actions(schedule, pp, chunks, micro_batches), late=schedule == "1f1b")
 
 
 def simulate(
     schedule: str, pp: int, micro_batches: int, stages: Sequence[UnitTime], transfer_seconds: float = 0.0
 ) -> Simulation:
     """One step of stages (in pipeline order, several a rank for schedules that take them). A hidden state or its
-    gradient needs `transfer_seconds` to another rank, during which both compute.
+    gradient needs `transfer_seconds` to another rank; the sender computes meanwhile, the receiver as `Program` says.
 
     The update begins when all ranks are done, since the gradient norm is a sum over all of them.
     """

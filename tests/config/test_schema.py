@@ -52,7 +52,7 @@ def test_numbers_are_finite_in_range_and_not_quoted(field, value):
             "train.micro_batch_sequences = 4: must divide train.batch_sequences (6)",
         ),
         (
-            {"router": {"group_sequences": 3}},
+            {"router": {"group_sequences": 3}, "train": {"micro_batch_sequences": 4}},
             "train.micro_batch_sequences = 4: must be a multiple of router.group_sequences (3)",
         ),
         (

@@ -23,7 +23,7 @@ from moeforge.parallel.executor import MicroBatch
 from moeforge.parallel.parameters import ParameterPart, parameter_parts
 from moeforge.parallel.pipeline import make_executor
 from moeforge.parallel.shard import TensorParallelShard
-from moeforge.plan.cost import gathers_tokens, model_flops_per_token, unit_cost
+from moeforge.plan.cost import model_flops_per_token, unit_cost
 from moeforge.plan.estimate import Estimator
 from moeforge.plan.workload import Workload
 from moeforge.train.optimizer import MODEL_DTYPE, Optimizer
@@ -144,7 +144,7 @@ def test_bytes_of_a_step_of_four_ranks_on_two_nodes(run_ranks: Callable[..., lis
     assert total == wanted[0] if work.zero else total == pytest.approx(wanted[0], rel=1e-3)
 
     routed = sum((each for _, each in found), Sent())
-    if work.model.moe is None or work.block == 1 or gathers_tokens(work):
+    if work.model.moe is None or work.block == 1 or work.gathers_tokens:
         assert not routed and not wanted[1]
         return
     # Who is sent a token is chance. Rank i's tokens go to rank j with some probability p_j: over all i and j that

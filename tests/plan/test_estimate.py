@@ -174,7 +174,7 @@ def test_measured_units_are_preferred_for_the_same_layers_and_micro_batch() -> N
 
 
 def test_stages_inside_a_node_and_across() -> None:
-    inside = estimator(work=replace(WORK, dp=1, tp=2, ep=2))
+    inside = estimator(PROFILE.model_copy(update={"nodes": 1}), replace(WORK, dp=1, tp=2, ep=2))
     across = estimator(work=replace(WORK, dp=2, tp=2, ep=2))
     sent = 32 * 32 * 4
     assert inside.transfer() == pytest.approx(sent / 50e9 + 10e-6)

@@ -39,8 +39,10 @@ def fits(problem: PipelineProblem, rank: int, begin: int, end: int, again: tuple
         unit = problem.units[i]
         static += unit.static
         kept += unit.checkpoint if i in again else unit.kept
-        remade = unit.kept - unit.checkpoint if i in again else 0
-        transient = max(transient, unit.forward_transient, unit.backward_transient + remade)
+        transient = max(transient, unit.forward_transient, unit.backward_transient)
+        if i in again:  # it runs again beside its output's gradient, and what it would have kept is there
+            running = max(unit.backward_transient, unit.forward_transient + unit.checkpoint)
+            transient = max(transient, unit.kept - unit.checkpoint + running)
     static += problem.received * ((begin > 0) + (end < len(problem.units)))
     static += problem.tied * (end == len(problem.units) and begin > 0)
     return static + min(problem.micro_batches, problem.pp - rank) * kept + transient <= problem.memory
@@ -79,6 +81,8 @@ def random_problem(rng: random.Random) -> PipelineProblem:
         boundary=rng.randint(0, 2),
         received=rng.randint(0, 3),
         tied=rng.randint(0, 4),
+        is_tied=rng.random() < 0.5,
+        tied_reduction=rng.choice([0.0, 1.5]),
     )
 
 

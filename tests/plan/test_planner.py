@@ -15,7 +15,6 @@ from moeforge.plan.planner import evaluate, make_plan, rank_peak_bytes, uniform_
 from moeforge.plan.search import work_of
 from moeforge.plan.simulator import simulate
 from moeforge.plan.static_memory import static_bytes
-from moeforge.plan.times import UnitTime
 from moeforge.plan.workload import Workload
 
 SKYWORK = model_preset("skywork-moe")
@@ -66,7 +65,7 @@ def test_the_production_pipeline_is_proven_and_beats_uniform_stages() -> None:
     uniform = uniform_plan(CLUSTER, work(PRODUCTION), PRODUCTION)
     assert plan is not None and whole is not None
     assert plan.gap < 1e-9 and whole.gap < 1e-9
-    assert plan.step_seconds < whole.step_seconds < uniform.step_seconds
+    assert plan.step_seconds < whole.step_seconds <= uniform.step_seconds
     assert all((stage.begin_unit % 2 == 1) for stage in whole.layout.stages[1:])
 
 
@@ -125,6 +124,7 @@ def test_the_first_stage_of_a_split_backward_does_everything_at_once() -> None:
     arrangement = replace(PRODUCTION, schedule="zero-bubble")
     plan = make_plan(CLUSTER, work(arrangement), arrangement)
     assert plan is not None
-    first = plan.stages[0]
-    assert {first.backward_input, first.backward_weight} == {0.0, first.backward}
-    assert isinstance(first, UnitTime)
+    first, again = plan.stages[0], bool(plan.layout.stages[0].recompute)
+    # Recomputed, all of it comes with the input's turn; else, with no input to find a gradient for, with the weights'.
+    expected = (first.backward, 0.0) if again else (0.0, first.backward)
+    assert (first.backward_input, first.backward_weight) == expected

@@ -35,8 +35,9 @@ def sweep(
     if last < first:
         raise UserError(f"--to {last}: must be at least --from ({first})")
     hardware = DEVICES[device] if device in DEVICES else load_hardware(device)
-    if first > hardware.devices_per_node and first % hardware.devices_per_node:
-        raise UserError(f"--from {first}: must be a multiple of the node's {hardware.devices_per_node} devices")
+    node = hardware.devices_per_node
+    if odd := [size for size in sizes(first, last) if size > node and size % node]:
+        raise UserError(f"--from {first}: gives {odd[0]} devices, no multiple of the node's {node}; use --from {node}")
     if out is not None:
         from moeforge.report.save import picture_format, require_directory
 
@@ -44,7 +45,7 @@ def sweep(
         require_directory(out)
     run, config = read_request(model, settings or [], hardware)
     request = request_of(run, config)
-    given = any(setting.partition("=")[0].strip() == "train.batch_sequences" for setting in settings or [])
+    given = model.endswith(".toml") or any("train.batch_sequences" in setting for setting in settings or [])
     length = run.data.sequence_length
 
     def batch(cluster: Any) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_format
+import math
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -72,6 +74,8 @@ def train(
     if hardware is None:
         hardware = _like_here(run, world)
     if memory_gbytes is not None:
+        if not math.isfinite(memory_gbytes):
+            raise UserError(f"--memory-gbytes {memory_gbytes}: must be a finite number")
         hardware = hardware.model_copy(update={"memory_gbytes": memory_gbytes, "usable_memory": 1.0})
     plan, found = _plan(run, model, hardware, cluster is not None, whole_layers)
     uniform = uniform_plan(hardware, plan.work, plan.arrangement)
@@ -107,19 +111,19 @@ def read_request(target: str, settings: list[str], hardware: HardwareProfile | N
         run = load_config(target, settings)
         return run, model_config(run.model.path)
     model = model_config(target)
-    length = min(model.max_positions, 8192)
-    given = [setting.partition("=")[0].strip() for setting in settings]
     data: dict[str, Any] = {
         "model": {"path": target},
-        "data": {"train": [{"path": "not-read"}], "sequence_length": length},
-        "train": {} if "train.micro_batch_sequences" in given else {"micro_batch_sequences": 1},
+        "data": {"train": [{"path": "not-read"}], "sequence_length": min(model.max_positions, 8192)},
     }
-    if hardware is not None and "train.batch_sequences" not in given:
-        length = config_of(json_format.loads(json_format.dumps(data)), settings).data.sequence_length
-        data["train"]["batch_sequences"] = default_batch(length, hardware)
+    keys = {setting.partition("=")[0].strip(): setting for setting in settings}
+    if hardware is not None and "train.batch_sequences" not in keys:
+        length = config_of(deepcopy(data), [keys[key] for key in keys if key == "data.sequence_length"])
+        data["train"] = {"batch_sequences": default_batch(length.data.sequence_length, hardware)}
     run = config_of(data, settings)
-    if "train.micro_batch_sequences" not in given:
-        run.train.model_fields_set.discard("micro_batch_sequences")
+    if run.data.sequence_length > model.max_positions:
+        raise UserError(
+            f"data.sequence_length = {run.data.sequence_length}: {target} has only {model.max_positions} positions"
+        )
     return run, model
 
 
@@ -134,8 +138,13 @@ def _like_here(run: TrainConfig, world: int | None) -> HardwareProfile:
         import torch
 
         if torch.cuda.is_available():
-            found = torch.cuda.get_device_name().lower()
-            name = next((known for known in DEVICES if known in found), "h100")
+            found = torch.cuda.get_device_name()
+            name = next((known for known in DEVICES if known in found.lower()), "")
+            if not name:
+                raise UserError(
+                    f"--cluster: missing, and no preset is like this machine's {found}; name one of "
+                    f"{', '.join(DEVICES)} (as 1x{count}-h100), or a file that moeforge bench calibrate wrote"
+                )
     return DEVICES[name].model_copy(update={"name": f"1x{count}-{name}", "devices_per_node": count})
 
 
@@ -150,10 +159,14 @@ def _plan(
     from moeforge.plan.search import search, work_of
 
     parallel = run.parallel
-    decided = parallel.stages or parallel.recompute_layers or parallel.tp_weights or run.model.recompute != "none"
+    if parallel.tp_weights:
+        weights = list(parallel.tp_weights)
+        raise UserError(f"parallel.tp_weights = {weights}: the planner costs equal ranks; leave it out")
+    decided = parallel.stages or parallel.recompute_layers or run.model.recompute != "none"
     if not choose or decided:
-        layout = layout_for(run, model, hardware.devices)
-        arrangement = arrangement_of(layout, run.train.micro_batch_sequences)
+        micro = run.train.micro_batch_sequences
+        layout = dataclasses.replace(layout_for(run, model, hardware.devices), micro_batch_sequences=micro)
+        arrangement = arrangement_of(layout, micro)
         work = work_of(workload_of(run, model), arrangement)
         return evaluate(hardware, work, arrangement, layout), None
     request = request_of(run, model)

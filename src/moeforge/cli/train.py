@@ -46,6 +46,11 @@ def command(
     from moeforge.config.toml import load_config
 
     resolved = load_config(config, settings or [])
+    if plan is not None:
+        from moeforge.config.parallel import with_planned_micro_batches
+        from moeforge.layout import Layout
+
+        resolved = with_planned_micro_batches(resolved, Layout.read(plan))
 
     from moeforge.parallel import launch
 

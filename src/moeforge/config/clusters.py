@@ -15,6 +15,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from moeforge.config.hardware import HardwareProfile, Link, MatmulRate
+from moeforge.config.section import expanded, with_tuples
 from moeforge.errors import UserError
 
 _SIZES = (1e8, 1e9, 1e10, 1e11, 1e12)
@@ -111,7 +112,7 @@ def load_hardware(name: str) -> HardwareProfile:
     Raises UserError: an unknown name, with the nearest ones; a file that cannot be read, or with a key that is unknown,
     missing or not allowed.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.suffix == ".toml" or path.is_file():
         return _read(path)
     match = _NAME.fullmatch(name.strip().lower())
@@ -137,12 +138,14 @@ def _read(path: Path) -> HardwareProfile:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: not valid TOML ({error})") from error
     try:
-        return HardwareProfile.model_validate(data, strict=False)
+        return HardwareProfile.model_validate(with_tuples(data))
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         key = ".".join(map(str, problem["loc"]))
         if problem["type"] == "missing":
             raise UserError(f"{path}: {key}: missing") from error
+        if problem["type"] == "extra_forbidden" and len(problem["loc"]) > 1:
+            raise UserError(f"{path}: {key}: unknown key") from error
         if problem["type"] == "extra_forbidden":
             fields = HardwareProfile.model_fields
             nearest = difflib.get_close_matches(key, fields, 1, cutoff=0)[0]

@@ -33,7 +33,7 @@ class MeasuredUnit(Section):
     """Seconds of a unit, measured on one rank."""
 
     kind: Literal["embed", "attention", "dense ffn", "experts", "head"] = Field(description="Kind of unit.")
-    forward: NonNegative = Field(description="Forward of one micro-batch.")
+    forward: Positive = Field(description="Forward of one micro-batch.")
     backward: NonNegative = Field(description="Whole backward of one micro-batch, without recomputation.")
     backward_input: NonNegative = Field(description="Backward for the input alone.")
     backward_weight: NonNegative = Field(description="Backward for the weights alone.")
@@ -101,6 +101,15 @@ class HardwareProfile(Section):
     def devices(self) -> int:
         """Devices of all nodes."""
         return self.nodes * self.devices_per_node
+
+    def measured_micro_batches(self, model: ModelConfig, precision: str, sequence_length: int) -> set[int]:
+        """Sequences of the micro-batches that units of this model were measured with."""
+        wanted = (layer_fingerprint(model), precision, sequence_length)
+        return {
+            found.micro_batch_sequences
+            for found in self.measured
+            if (found.fingerprint, found.precision, found.sequence_length) == wanted
+        }
 
     @property
     def usable_bytes(self) -> float:

@@ -173,6 +173,10 @@ def with_planned_micro_batches(config: TrainConfig, layout: Layout) -> TrainConf
 def check_batch(config: TrainConfig, layout: Layout) -> None:
     """Raises UserError unless a step's sequences make whole micro-batches that the schedule can run."""
     batch, micro = config.train.batch_sequences, config.train.micro_batch_sequences
+    if micro % (group := config.router.group_sequences):
+        raise UserError(
+            f"train.micro_batch_sequences = {micro}: must be a multiple of router.group_sequences ({group})"
+        )
     if batch % (micro * layout.dp):
         raise UserError(
             f"train.batch_sequences = {batch}: must be a multiple of train.micro_batch_sequences x dp = {micro} x "

@@ -217,13 +217,15 @@ class TrainConfig(Section):
     def _check(self) -> TrainConfig:
         micro, batch = self.train.micro_batch_sequences, self.train.batch_sequences
         group, steps, schedule = self.router.group_sequences, self.train.steps, self.schedule
-        if batch % micro:
+        # A default is checked where it is used (`check_batch`): a plan may bring another.
+        given = self.train.model_fields_set
+        if batch % micro and "micro_batch_sequences" in given:
             reason = f"must divide train.batch_sequences ({batch})"
             raise refuse("train.micro_batch_sequences", micro, reason)
         if self.parallel.recompute_layers and self.model.recompute != "none":
             reason = 'must be empty unless model.recompute = "none"'
             raise refuse("parallel.recompute_layers", list(self.parallel.recompute_layers), reason)
-        if micro % group:
+        if micro % group and "micro_batch_sequences" in given:
             reason = f"must be a multiple of router.group_sequences ({group})"
             raise refuse("train.micro_batch_sequences", micro, reason)
         if schedule.warmup_steps >= steps:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from moeforge.config.keys import Key, keys, tables
 from moeforge.config.schema import TrainConfig
+from moeforge.config.section import with_tuples
 from moeforge.errors import UserError
 
 Location = tuple[str | int, ...]
@@ -38,7 +39,7 @@ def config_of(data: dict[str, Any], overrides: Sequence[str] = ()) -> TrainConfi
         if not table.repeated:
             data.setdefault(table.name, {})
     try:
-        return TrainConfig.model_validate(_tuples(data))
+        return TrainConfig.model_validate(with_tuples(data))
     except ValidationError as error:
         problems = error.errors(include_url=False)
         problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
@@ -107,13 +108,6 @@ def _value(dotted: str, text: str) -> Any:
     value = parsed["value"]
     bare = len(parsed) > 1 or (key is not None and key.is_text and not isinstance(value, str))
     return text if bare else value
-
-
-def _tuples(value: Any) -> Any:
-    """Lists as tuples, which strict validation wants."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _explain(kind: str, location: Location, message: str, data: dict[str, Any]) -> str:

@@ -21,68 +21,89 @@ _MOST_NODES = 64
 """Times as many nodes as are tried."""
 
 
-def advise(hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]) -> str:
+def advise(hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any], whole_layers: bool = False) -> str:
     """One line: how much is missing, and the smallest single changes that would fit.
 
     Tried are other values of each fixed key (nearest first), more nodes, and more memory.
     """
-    need = _least_memory(hardware, work, fixed)
+    need = _least_memory(hardware, work, fixed, whole_layers)
     if need is None:
         return _no_arrangement(hardware, work, fixed)
-    changes = [*_other_values(hardware, work, fixed), *_more_nodes(hardware, work, fixed)]
+    changes = [
+        *_other_values(hardware, work, fixed, whole_layers),
+        *_more_nodes(hardware, work, fixed, whole_layers),
+    ]
     changes.append(f"devices with {need / 1e9:.1f} GB to use")
     return (
         f"no plan fits: {hardware.name} has {hardware.usable_bytes / 1e9:.1f} GB to use a device, and the fullest one "
-        f"needs {need / 1e9:.1f} GB with everything recomputed. Smallest changes that fit: {'; or '.join(changes)}"
+        f"needs at least {need / 1e9:.1f} GB, whatever is recomputed. Smallest changes that fit: "
+        + "; or ".join(changes)
     )
 
 
 def _no_arrangement(hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]) -> str:
-    given = ", ".join(f"{key} = {value}" for key, value in fixed.items()) or "nothing fixed"
+    """Which fixed key nothing can be arranged with, or else the batch."""
+    devices = f"the {hardware.devices} devices of {hardware.name}"
+    for key, value in fixed.items():
+        rest = {other: kept for other, kept in fixed.items() if other != key}
+        found = sorted({str(getattr(a, key)) for a, _ in candidates(hardware, work, rest)}, key=lambda v: (len(v), v))
+        if found:
+            return (
+                f"{_name(key)} = {value}: no pp x dp x tp of {devices} with it divides the batch of "
+                f"{work.batch_sequences} sequences into micro-batches that the schedule runs, and has layers and "
+                f"experts enough; possible here: {', '.join(found[:12])}"
+            )
+    given = "".join(f", {_name(key)} = {value}" for key, value in fixed.items())
     return (
-        f"train.batch_sequences = {work.batch_sequences}: no pp x dp x tp of the {hardware.devices} devices of "
-        f"{hardware.name} with {given} divides it into whole micro-batches and has experts and layers enough; use a "
-        f"multiple of {hardware.devices}, or fix less"
+        f"train.batch_sequences = {work.batch_sequences}{given}: no pp x dp x tp of {devices} makes whole "
+        f"micro-batches of them; use a batch that is a multiple of {hardware.devices}, or fix less"
     )
 
 
+def _name(key: str) -> str:
+    return f"train.{key}" if key == "micro_batch_sequences" else f"parallel.{key}"
+
+
 def _other_values(
-    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]
+    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any], whole_layers: bool
 ) -> Iterable[str]:
-    """For each fixed key its nearest value that fits, everything else as it is."""
-    names = {"micro_batch_sequences": "train.micro_batch_sequences"}
+    """For each fixed key its nearest value that fits, everything else as it is (but dp, which pp and tp decide)."""
     for key, value in fixed.items():
-        free = {other: kept for other, kept in fixed.items() if other != key and not (key == "pp" and other == "dp")}
-        fitting: dict[Any, float] = {}
-        for a, _ in _fitting(hardware, work, free):
+        dropped = {key, "dp"} if key in ("pp", "tp") else {key}
+        free = {other: kept for other, kept in fixed.items() if other not in dropped}
+        fitting: dict[tuple[Any, int], float] = {}
+        for a, _ in _fitting(hardware, work, free, whole_layers):
             other = getattr(a, key)
             if other != value:
                 near = abs(np.log(other / value)) if isinstance(value, int) and value else 0.0
-                fitting[other] = min(near, fitting.get(other, near))
+                fitting[other, a.dp] = near
         if fitting:
-            nearest = min(fitting, key=lambda other: (fitting[other], str(other)))
-            yield f"{names.get(key, f'parallel.{key}')} = {nearest} (is {value})"
+            nearest, dp = min(fitting, key=lambda found: (fitting[found], str(found)))
+            with_it = f" and parallel.dp = {dp}" if "dp" in dropped and "dp" in fixed and key != "dp" else ""
+            yield f"{_name(key)} = {nearest} (is {value}){with_it}"
 
 
 def _more_nodes(
-    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]
+    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any], whole_layers: bool
 ) -> Iterable[str]:
+    free = {key: value for key, value in fixed.items() if key != "dp"}
     times = 2
     while times <= _MOST_NODES:
         larger = hardware.model_copy(update={"nodes": hardware.nodes * times})
         batch = max(work.batch_sequences, -(-work.batch_sequences // larger.devices) * larger.devices)
-        if any(True for _ in _fitting(larger, replace(work, batch_sequences=batch), fixed)):
-            yield f"{hardware.nodes * times} nodes (are {hardware.nodes})"
+        if any(True for _ in _fitting(larger, replace(work, batch_sequences=batch), free, whole_layers)):
+            with_it = f" with train.batch_sequences = {batch}" if batch != work.batch_sequences else ""
+            yield f"{hardware.nodes * times} nodes (are {hardware.nodes}){with_it}"
             return
         times *= 2
 
 
 def _fitting(
-    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]
+    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any], whole_layers: bool
 ) -> Iterable[tuple[Arrangement, Workload]]:
     for a, own in _smallest(hardware, work, fixed):
         cap = hardware.usable_bytes
-        if _floor_bytes(own, a) <= cap and least_bytes(hardware, own, a) <= cap:
+        if _floor_bytes(own, a) <= cap and least_bytes(hardware, own, a, whole_layers) <= cap:
             yield a, own
 
 
@@ -106,23 +127,25 @@ def _floor_bytes(work: Workload, arrangement: Arrangement) -> float:
     return max(sum(static) / arrangement.pp, *static)
 
 
-def _least_memory(hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]) -> float | None:
+def _least_memory(
+    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any], whole_layers: bool
+) -> float | None:
     least = None
     for a, own in sorted(_smallest(hardware, work, fixed), key=lambda found: _floor_bytes(found[1], found[0])):
         if least is not None and _floor_bytes(own, a) >= least:
             break
-        need = least_bytes(hardware, own, a)
+        need = least_bytes(hardware, own, a, whole_layers)
         least = need if least is None else min(least, need)
     return least
 
 
-def least_bytes(hardware: HardwareProfile, work: Workload, arrangement: Arrangement) -> float:
-    """The smallest possible fullest rank of an arrangement, whatever is recomputed: over all splits into whole layers.
-    Where ranks have several stages, that of even ones with everything recomputed."""
+def least_bytes(hardware: HardwareProfile, work: Workload, arrangement: Arrangement, whole_layers: bool) -> float:
+    """The smallest possible fullest rank of an arrangement, whatever is recomputed: over all its splits. Where ranks
+    have several stages, that of even ones with everything recomputed."""
     if arrangement.chunks > 1:
         layout = even_layout(work, arrangement, work.model.num_layers)
         return max(rank_peak_bytes(work, layout, rank) for rank in range(arrangement.pp))
-    problem = make_problem(hardware, work, arrangement, True)
+    problem = make_problem(hardware, work, arrangement, whole_layers)
     at = (0, *problem.cuts, len(problem.units))
     best = np.full(len(at), np.inf)
     best[0] = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,12 +49,13 @@ def mode_name(dp: int, tp: int, ep: int, etp: int) -> str:
     return next((name for name, sizes in named.items() if sizes == (ep, etp)), "custom")
 
 
-def expert_modes(model: ModelConfig, dp: int, tp: int) -> list[tuple[int, int]]:
-    """All (ep, etp) for which there are experts enough: blocks of consecutive ranks, experts whole or cut tp ways."""
+def expert_modes(model: ModelConfig, dp: int, tp: int, etp_fixed: int = 1) -> list[tuple[int, int]]:
+    """All (ep, etp) for which there are experts enough: blocks of consecutive ranks, experts whole, cut tp ways, or as
+    `etp_fixed` says."""
     if model.moe is None:
         return [(1, 1)]
     ranks, found = dp * tp, []
-    for etp in sorted({1, tp}):
+    for etp in sorted({1, tp, etp_fixed}):
         for ep in divisors(ranks // etp if ranks % etp == 0 else 0):
             if ep <= model.moe.num_experts and ranks % (ep * etp) == 0:
                 found.append((ep, etp))
@@ -78,7 +80,9 @@ def arrangements(
             dp = devices // (tp * pp)
             if tp * pp * dp != devices or fixed.get("dp", dp) != dp or batch_sequences % dp:
                 continue
-            modes = [mode for mode in expert_modes(model, dp, tp) if _wanted(mode, dp, tp, fixed)]
+            modes = expert_modes(model, dp, tp, fixed.get("etp", 1))
+            if model.moe is not None:
+                modes = [mode for mode in modes if _wanted(mode, dp, tp, fixed)]
             own = batch_sequences // dp
             micros = allowed("micro_batch_sequences", [group << i for i in range(6)])
             for micro in [micro for micro in micros if own % micro == 0]:
@@ -116,4 +120,5 @@ def _schedules(
 
 def divisors(number: int) -> list[int]:
     """Ascending; none of 0."""
-    return [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, math.isqrt(max(number, 0)) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

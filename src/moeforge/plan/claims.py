@@ -159,8 +159,8 @@ def production_pipeline() -> tuple[Claim, ...]:
             tuple(figures),
             "192x8-a800, pp 12, dp 32, tp 4, EDP, 1F1B, 48 micro-batches, bf16, ZeRO-1; uniform: 5, 5, 5, 5, 4, ... "
             "and the smallest one recompute count that fits; splits proven optimal; simulated on assumed rates",
-            "holds, and more, where memory is short; where it is not, whole layers gain next to nothing (some stage "
-            "has 5 of them in any split), and boundaries inside layers about half of it",
+            "holds, and more, where memory is short; where it is not, whole layers gain nothing (some stage has 5 of "
+            "them in any split), and boundaries inside layers a third of it",
             "moeforge plan train skywork-moe --cluster 192x8-a800 --set parallel.pp=12 --set parallel.tp=4 "
             "--set parallel.expert_mode=edp --set parallel.schedule=1f1b",
         ),

@@ -94,7 +94,9 @@ def _row(hardware: HardwareProfile, work: Workload, arrangement: Arrangement) ->
             f"{hardware.usable_bytes / 1e9:.1f} GB that a device may use"
         )
     elif plan is None:
-        reason = "no division of the layers fits the memory, whatever is recomputed"
+        proven = arrangement.schedule == "1f1b"
+        none = "no division of the layers fits the memory, whatever is recomputed"
+        reason = none if proven else "no plan was found that fits the memory"
     found = None
     if plan is not None:
         found = ModePlan(max(plan.peaks), plan.step_seconds, plan.tokens_per_second_per_gpu)

@@ -78,8 +78,11 @@ class UnitCost:
 def unit_cost(work: Workload, unit: str) -> UnitCost:
     """The work of one unit ("embed", "layers.3.attention", ...) on the rank that has most of it."""
     kind = unit_kind(work.model, unit)
-    made = {"embed": _embed, "attention": _attention, "dense ffn": _dense, "experts": _experts, "head": _head}[kind]
-    forward, backward_input, backward_weight, together = made(work)
+    if kind == "attention":
+        passes = _attention(work, work.model.window(int(unit.split(".")[1])))
+    else:
+        passes = {"embed": _embed, "dense ffn": _dense, "experts": _experts, "head": _head}[kind](work)
+    forward, backward_input, backward_weight, together = passes
     return UnitCost(forward, together, backward_input, backward_weight, _update(work, unit))
 
 
@@ -116,12 +119,12 @@ def _embed(work: Workload) -> _Passes:
     return forward, Pass(), backward, backward
 
 
-def _attention(work: Workload) -> _Passes:
+def _attention(work: Workload, window: int | None) -> _Passes:
     model, size = work.model, _size(work)
     t, d, h = work.tokens, model.hidden_size, model.head_dim
     heads, groups = work.kv_groups * model.heads_per_group, work.kv_groups
     qkv, out = Matmul(2.0 * t * d * (heads + 2 * groups) * h), Matmul(2.0 * t * heads * h * d)
-    window = min(model.sliding_window or work.sequence_length, work.sequence_length)
+    window = min(window or work.sequence_length, work.sequence_length)
     pairs = window * (work.sequence_length - (window - 1) / 2)  # causal: each position and those before it
     scores = Matmul(2.0 * pairs * h, 2.0 * heads * work.micro_batch_sequences)
     rows = 7 * work.own_tokens * d + t * h * (3 * heads + 3 * groups)
@@ -163,12 +166,6 @@ def _experts(work: Workload) -> _Passes:
     return forward, for_input, for_weight, together
 
 
-def gathers_tokens(work: Workload) -> bool:
-    """Whether `parallel.dispatcher` (auto) gives the block all tokens instead of sending each to its experts."""
-    assert work.model.moe is not None
-    return work.model.moe.top_k * work.etp >= work.block and work.overlap_chunks == 1
-
-
 def _dispatch(work: Workload) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     """Tokens to their experts and back (`parallel.dispatcher`), in the forward and in the backward pass."""
     if work.block == 1:
@@ -176,7 +173,7 @@ def _dispatch(work: Workload) -> tuple[tuple[Message, ...], tuple[Message, ...]]
     assert work.model.moe is not None
     t, k, c, others = work.own_tokens, work.model.moe.top_k, work.overlap_chunks, work.block - 1
     row = float(t * work.model.hidden_size * _size(work))
-    if gathers_tokens(work):
+    if work.gathers_tokens:
         weights = Message("block", "all_gather", 1.0 * t * k * _wide(work) * others)
         experts = Message("block", "all_gather", 1.0 * t * k * _INT64 * others)
         both = Message("block", "all_gather", row * others), Message("block", "reduce_scatter", row * others)

@@ -7,6 +7,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from moeforge.config.hardware import HardwareProfile, MeasuredModel, layer_fingerprint
@@ -58,15 +59,19 @@ class Estimator:
         """All units in forward order."""
         names, model = unit_names(self.work.model), self.work.model
         measured = _find_measured(self.hardware, self.work)
-        by_kind: dict[str, UnitTime] = {}
+        known: dict[tuple[str, int | None], UnitTime] = {}
+        times = []
         for name in names:
             kind = unit_kind(model, name)
-            if kind not in by_kind:
+            key = kind, model.window(int(name.split(".")[1])) if kind == "attention" else None
+            if key not in known:
+                known[key] = self.unit(unit_cost(self.work, name))
                 if measured is not None and kind in measured:
-                    by_kind[kind] = measured[kind]
-                else:
-                    by_kind[kind] = self.unit(unit_cost(self.work, name))
-        return tuple(by_kind[unit_kind(model, name)] for name in names)
+                    # What was measured had no replicas to sum gradients with.
+                    alone = self.work.dp == 1
+                    known[key] = measured[kind] if alone else replace(measured[kind], update=known[key].update)
+            times.append(known[key])
+        return tuple(times)
 
     def unit(self, cost: UnitCost) -> UnitTime:
         """Seconds of one unit."""
@@ -165,8 +170,8 @@ class Estimator:
         return self._between_stages(owned * wide) + 2 * owned * wide / (self.hardware.memory_gbytes_per_second * 1e9)
 
     def _between_stages(self, sent: float) -> float:
-        inside = self.hardware.nodes == 1 or self.work.dp * self.work.tp < self.hardware.devices_per_node
-        link = self.hardware.intra_node if inside else self.hardware.inter_node
+        # On several nodes some boundary crosses them; all are costed like that one.
+        link = self.hardware.intra_node if self.hardware.nodes == 1 else self.hardware.inter_node
         return sent / (link.gbytes_per_second * 1e9) + link.latency_us * 1e-6
 
 

@@ -10,8 +10,8 @@ after), stage k alternating, once more to the last stage and back, and up:
 
     T >= P + max(w F_k, S) + max(w B_k, S) + (m - w) t_k
 
-Transfers are waited for by the receiver (`simulator.Program`), so that they count as work of its stage: of every forward
-but the first stage's, of every backward but the last one's.
+Transfers are waited for by the receiver (`simulator.Program`), so that they count as work of its stage: of every
+forward but the first stage's, of every backward but the last one's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeforge.plan.problem import Options, PipelineProblem
-from moeforge.plan.simulator import Array, program
+from moeforge.plan.simulator import Array, program, simulate
 
 _BATCH = 2048
 _NEVER = 1e30
@@ -49,14 +49,31 @@ class Split:
 
 def best_1f1b(problem: PipelineProblem, known: float = float("inf")) -> Split | None:
     """The split with the smallest simulated step, None where none fits the memory or is faster than `known`."""
-    search = _Search(problem)
-    return search.run(known)
+    known = min(known, _even_seconds(problem) * (1 + 1e-9))
+    return _Search(problem, known).run(known)
+
+
+def _even_seconds(problem: PipelineProblem) -> float:
+    """The step of stages with about equally many possible boundaries that recompute everything, if they fit: it tells
+    the search early what is too slow."""
+    at = (0, *problem.cuts, len(problem.units))
+    if len(at) <= problem.pp:
+        return _NEVER
+    inner = np.linspace(0, len(at) - 1, problem.pp + 1).round().astype(int)
+    spans = [(at[i], at[j]) for i, j in zip(inner, inner[1:], strict=False)]
+    again = [[i for i in range(*span) if problem.units[i].recomputable] for span in spans]
+    if problem.same_recompute is not None:
+        return _NEVER
+    if any(problem.peak_bytes(rank, [spans[rank]], [again[rank]]) > problem.memory for rank in range(problem.pp)):
+        return _NEVER
+    stages = [problem.stage(*span, units) for span, units in zip(spans, again, strict=True)]
+    return simulate("1f1b", problem.pp, problem.micro_batches, stages, problem.transfer).step_seconds
 
 
 class _Search:
     """Positions are indices into the list of possible boundaries; arrays are [stage, begin, end] over them."""
 
-    def __init__(self, problem: PipelineProblem) -> None:
+    def __init__(self, problem: PipelineProblem, known: float) -> None:
         self.problem, self.p, self.m = problem, problem.pp, problem.micro_batches
         self.at = (0, *problem.cuts, len(problem.units))
         first, last = np.arange(self.p) == 0, np.arange(self.p) == self.p - 1
@@ -69,14 +86,14 @@ class _Search:
         if self.p > 1:
             self.update[0] += np.where(np.array(self.at) < whole, problem.extra_update(0, 1), 0.0)
             self.update[:, -1] += np.where(np.array(self.at) > 0, problem.extra_update(1, whole), 0.0)
-        self.choice, self.extra = self._cheapest()
         self.base = np.concatenate([[0.0], np.cumsum([u.forward + u.backward for u in units])])[list(self.at)]
+        self.choice, self.extra = self._cheapest(known)
         waits = self.receiving[0] + self.receiving[1]
         self.work = self.forward + self.backward + self.extra + waits[:, None, None]
         self.waits_before = np.concatenate([[0.0], waits.cumsum()])
         self._bounds()
 
-    def _cheapest(self) -> tuple[NDArray[np.int64], Array]:
+    def _cheapest(self, known: float) -> tuple[NDArray[np.int64], Array]:
         """Of every possible stage the option with the least recomputation that fits (-1: none), and its seconds."""
         problem, size = self.problem, len(self.at)
         chosen, extra = np.full((self.p, size, size), -1), np.full((self.p, size, size), _NEVER)
@@ -84,16 +101,23 @@ class _Search:
         for i in range(size - 1):
             for j in range(i + 1, size):
                 begin, end = self.at[i], self.at[j]
+                # A stage that alone takes longer than a known step, or whose weights alone do not fit, is none.
+                too_long = self.m * (self.base[j] - self.base[i]) >= known
+                if too_long or problem.static_bytes([(begin, end)]) > problem.memory:
+                    continue
                 composition = problem.composition(begin, end)
                 options, key = problem.options(composition), (composition, begin == 0, end == len(problem.units))
                 if key not in found:
-                    found[key] = self._fitting(options, problem.static_bytes([(begin, end)]))
+                    found[key] = self._fitting(options, begin, end)
                 chosen[:, i, j] = found[key]
                 extra[:, i, j] = np.where(found[key] >= 0, options.extra[found[key]], _NEVER)
         return chosen, extra
 
-    def _fitting(self, options: Options, static: int) -> NDArray[np.int64]:
+    def _fitting(self, options: Options, begin: int, end: int) -> NDArray[np.int64]:
         """For every rank the first option that fits."""
+        static = self.problem.static_bytes([(begin, end)])
+        if static + self.problem.update_transient([(begin, end)]) > self.problem.memory:
+            return np.full(self.p, -1)
         held = np.array([counts[0][0] for counts in self.problem.in_flight])
         fits = static + held[:, None] * options.kept + options.transient <= self.problem.memory
         return np.where(fits.any(1), fits.argmax(1), -1)

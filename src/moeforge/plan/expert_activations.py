@@ -23,7 +23,7 @@ class RoutedFeedForward:
         self.router = _Router(work)
         if work.block == 1:
             self.route: _Local | _AllGather | _AllToAll = _Local(work)
-        elif _gathers(work):
+        elif work.gathers_tokens:
             self.route = _AllGather(work)
         else:
             self.route = _AllToAll(work)
@@ -167,13 +167,7 @@ def padding_rows(work: Workload) -> float:
     the all-gather's dropped assignments share."""
     alignment = _ALIGNMENT if width(work) == 2 else 1
     chunks = 1 if work.block == 1 else work.overlap_chunks
-    return chunks * work.experts * (alignment - 1) / 2 + (alignment if _gathers(work) else 0)
-
-
-def _gathers(work: Workload) -> bool:
-    """`make_dispatcher`'s rule."""
-    moe = work.model.moe
-    return moe is not None and work.overlap_chunks == 1 and 1 < work.block <= moe.top_k * work.etp
+    return chunks * work.experts * (alignment - 1) / 2 + (alignment if work.gathers_tokens else 0)
 
 
 class _Local:

@@ -136,7 +136,7 @@ class _Descent:
         for rank, stages in enumerate(self.owners):
             own = tuple(spans[stage] for stage in stages)
             if (rank, own) not in self.known_choices:
-                self.known_choices[rank, own] = cheapest_that_fits(self.problem, rank, own)
+                self.known_choices[rank, own] = recompute_until_it_fits(self.problem, rank, own)
             chosen = self.known_choices[rank, own]
             if chosen is None:
                 return None
@@ -144,11 +144,11 @@ class _Descent:
         return tuple(made[stage] for stage in range(len(spans)))
 
 
-def cheapest_that_fits(
+def recompute_until_it_fits(
     problem: PipelineProblem, rank: int, spans: Sequence[tuple[int, int]]
 ) -> list[tuple[int, ...]] | None:
     """Units to recompute on a rank of several stages: those that free most bytes for their time, until it fits; then
-    those are kept again without which it fits as well. None if it fits in no way."""
+    those are kept again without which it fits as well. None if it does not fit even so."""
     fit = _Fit(problem, rank, spans)
     held = [max(counts[i] for counts in problem.in_flight[rank]) for i in range(len(spans))]
     candidates = []
@@ -181,7 +181,7 @@ class _Fit:
 
     def __init__(self, problem: PipelineProblem, rank: int, spans: Sequence[tuple[int, int]]) -> None:
         self.problem, self.held = problem, problem.in_flight[rank]
-        self.static = problem.static_bytes(spans)
+        self.static, self.update = problem.static_bytes(spans), problem.update_transient(spans)
         self.kept = [problem.boundary + sum(unit.kept for unit in problem.units[begin:end]) for begin, end in spans]
         self.plain = Counter(problem.classes[i] for begin, end in spans for i in range(begin, end))
         self.again: Counter[int] = Counter()
@@ -201,4 +201,4 @@ class _Fit:
         held = max(sum(n * kept for n, kept in zip(counts, self.kept, strict=True)) for counts in self.held)
         transients = [self.if_plain[c] for c, n in self.plain.items() if n]
         transients += [self.if_again[c] for c, n in self.again.items() if n]
-        return self.static + held + max(transients) <= self.problem.memory
+        return self.static + max(held + max(transients), self.update) <= self.problem.memory

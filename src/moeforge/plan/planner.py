@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from moeforge.config.hardware import HardwareProfile
 from moeforge.layout import Layout, Stage, build_layout, unit_names
@@ -33,7 +32,8 @@ MFU_CONVENTION = (
 @dataclass(frozen=True)
 class Plan:
     """`stages` are the times of each stage, recomputation included; `peaks` the bytes of each pipeline rank's fullest
-    moment; no split of this arrangement has a step below `lower_bound` seconds."""
+    moment. No split of this arrangement that fits by the optimiser's bound, which adds a stage's largest transient to
+    all that it keeps, has a step below `lower_bound` seconds."""
 
     hardware: HardwareProfile
     work: Workload
@@ -81,16 +81,8 @@ def make_plan(
 
     `whole_layers` keeps boundaries between layers.
     """
-    problem = make_problem(hardware, work, arrangement, whole_layers)
-    while True:
-        split = best_split(problem, known)
-        if split is None:
-            return None
-        plan = plan_of_split(hardware, work, arrangement, split)
-        if plan.fits:
-            return plan
-        # The update needs more than the pipeline left free: try again with so much less.
-        problem = replace(problem, memory=problem.memory - (max(plan.peaks) - hardware.usable_bytes))
+    split = best_split(make_problem(hardware, work, arrangement, whole_layers), known)
+    return None if split is None else plan_of_split(hardware, work, arrangement, split)
 
 
 @functools.lru_cache(maxsize=64)
@@ -103,7 +95,7 @@ def make_problem(
     hardware: HardwareProfile, work: Workload, arrangement: Arrangement, whole_layers: bool
 ) -> PipelineProblem:
     """What the optimiser is given."""
-    names = unit_names(work.model)
+    model, names = work.model, unit_names(work.model)
     times = unit_times(hardware, work)
     split_backward = arrangement.schedule in ("zero-bubble", "zbv")
     several, hidden = arrangement.pp > 1, hidden_bytes(work)
@@ -111,7 +103,8 @@ def make_problem(
     units = []
     for name, time in zip(names, times, strict=True):
         layer = name.split(".")
-        kind = name if len(layer) == 1 else f"{layer[2]} {work.model.is_moe_layer(int(layer[1]))}"
+        number = int(layer[1]) if len(layer) == 3 else 0
+        kind = name if len(layer) == 1 else f"{layer[2]} {model.is_moe_layer(number)} {model.window(number)}"
         if kind not in known:
             bytes_ = unit_activations(work, name)
             # Of a stage's input and output one is kept beside the units' own, except at the ends.
@@ -127,7 +120,6 @@ def make_problem(
                 recomputable=len(layer) == 3,
             )
         units.append(known[kind])
-    model = work.model
     # Buffers of what a neighbour sends; schedules but 1F1B hold what was sent to it as well, to the end of the step.
     held_messages = 2 * work.micro_batches if arrangement.schedule != "1f1b" else work.micro_batches + 1
     received = held_messages * hidden if several else 0
@@ -141,11 +133,14 @@ def make_problem(
         schedule=arrangement.schedule,
         chunks=arrangement.chunks,
         transfer=estimator.transfer() if several else 0.0,
-        boundary=stage_boundary(work, names[1:3]).kept,
+        boundary=max(stage_boundary(work, [name]).kept for name in names if name.endswith(".attention")),
         received=received,
         tied=unit_static_bytes(work, "embed") if model.tie_embeddings else 0,
         tied_reduction=estimator.tied_reduction() if several else 0.0,
         is_tied=model.tie_embeddings,
+        update_transient=lambda spans: update_transient_bytes(
+            work, [name for begin, end in spans for name in names[begin:end]]
+        ),
     )
 
 
@@ -181,14 +176,13 @@ def evaluate(
     bound: float | None = None,
 ) -> Plan:  # fmt: skip
     """What a given layout takes."""
-    names, units = unit_names(work.model), unit_times(hardware, work)
+    names = unit_names(work.model)
     problem = make_problem(hardware, work, arrangement, True)
     number = {name: i for i, name in enumerate(names)}
     stages = tuple(
         problem.stage(stage.begin_unit, stage.end_unit, [number[name] for name in stage.recompute])
         for stage in layout.stages
     )
-    assert len(units) == len(names)
     simulation = simulate(layout.schedule, layout.pp, work.micro_batches, stages, problem.transfer)
     peaks = tuple(rank_peak_bytes(work, layout, rank) for rank in range(layout.pp))
     if bound is None:
@@ -232,9 +226,3 @@ def uniform_plan(hardware: HardwareProfile, work: Workload, arrangement: Arrange
         if fits or recompute == most:
             return evaluate(hardware, work, arrangement, layout)
     raise AssertionError("unreachable")
-
-
-def spans_of(layout: Layout) -> tuple[tuple[int, int], ...]:
-    """Unit ranges of the stages."""
-    begins = [stage.begin_unit for stage in layout.stages]
-    return tuple(pairwise([*begins, layout.stages[-1].end_unit]))

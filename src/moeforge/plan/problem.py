@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -46,8 +46,9 @@ class PipelineProblem:
     `cuts` are the units before which a stage may begin, ascending, without the first. `boundary` bytes are kept for
     each micro-batch in flight beside the units' own. All along a stage keeps `received` bytes for each neighbour, and
     the head's rank `tied` ones where another rank has the embedding, with which it sums their gradients in
-    `tied_reduction` seconds a step. `memory` is the bytes that a rank may use. `same_recompute`: every stage
-    recomputes so many units of each kind (or all that it has), instead of its own choice.
+    `tied_reduction` seconds a step. `update_transient` gives the bytes of the update's buffers for a rank with these
+    stages, which are there when activations are not. `memory` is the bytes that a rank may use. `same_recompute`:
+    every stage recomputes so many units of each kind (or all that it has), instead of its own choice.
     """
 
     units: tuple[PlanUnit, ...]
@@ -63,6 +64,7 @@ class PipelineProblem:
     tied: int = 0
     tied_reduction: float = 0.0
     is_tied: bool = False
+    update_transient: Callable[[Sequence[tuple[int, int]]], int] = lambda spans: 0
     same_recompute: int | None = None
 
     @property
@@ -168,12 +170,14 @@ class PipelineProblem:
                 transient = max(transient, transient_if_recomputed(unit) if i in again else own)
             kept.append(total)
         held = max(sum(n * each for n, each in zip(counts, kept, strict=True)) for counts in self.in_flight[rank])
-        return self.static_bytes(spans) + held + transient
+        return self.static_bytes(spans) + max(held + transient, self.update_transient(spans))
 
 
 def transient_if_recomputed(unit: PlanUnit) -> int:
-    """Transient bytes of a recomputed unit: in its backward there is also what it would have kept."""
-    return max(unit.forward_transient, unit.backward_transient + unit.kept - unit.checkpoint)
+    """Transient bytes of a recomputed unit: before its backward it runs again, beside the gradient of its output (as
+    large as its input), and then there is also what it would have kept."""
+    again = max(unit.backward_transient, unit.forward_transient + unit.checkpoint)
+    return max(unit.forward_transient, again + unit.kept - unit.checkpoint)
 
 
 def _most_held(actions: Sequence[Action]) -> tuple[tuple[int, ...], ...]:

@@ -44,6 +44,7 @@ def workload_of(run: TrainConfig, model: ModelConfig) -> Workload:
         batch_sequences=run.train.batch_sequences,
         optimizer=run.optimizer.kind,
         zero=run.parallel.zero,
+        dispatcher=run.parallel.dispatcher,
         overlap_chunks=run.parallel.overlap_chunks,
         group_sequences=run.router.group_sequences,
     )

@@ -46,45 +46,60 @@ def search(
 
     `work` gives model, precision, batch and sequence length; `fixed` what of `Arrangement` is not to be chosen.
     """
-    everything = list(candidates(hardware, work, fixed))
-    ideal = {a: seconds for a, own in everything if (seconds := ideal_seconds(hardware, own, a)) is not None}
-    works = dict(everything)
+    wanted = dict(candidates(hardware, work, fixed))
+    # 1F1B is planned as a guide to the others even where another schedule is asked for.
+    guides = {} if "schedule" not in fixed else dict(candidates(hardware, work, _without_schedule(fixed)))
+    works = wanted | {a: own for a, own in guides.items() if a.schedule == "1f1b"}
+    ideal = {a: seconds for a, own in works.items() if (seconds := ideal_seconds(hardware, own, a)) is not None}
     plans: dict[Arrangement, Plan] = {}
     planned = 0
 
     def best() -> float:
-        return min((plan.step_seconds for plan in plans.values()), default=float("inf"))
+        return min((plan.step_seconds for a, plan in plans.items() if a in wanted), default=float("inf"))
 
-    def try_all(order: Iterable[Arrangement], could_save: Mapping[Arrangement, float]) -> None:
+    def attempt(a: Arrangement, known: float, whole: bool = True) -> bool:
         nonlocal planned
-        for a in order:
-            worth = best() * _SLACK + could_save[a]
-            if ideal[a] < worth:
-                progress(a.describe())
-                planned += 1
-                if (plan := make_plan(hardware, works[a], a, True, known=worth)) is not None:
-                    plans[a] = plan
+        progress(a.describe())
+        planned += a in wanted
+        if (plan := make_plan(hardware, works[a], a, whole, known=known)) is not None:
+            plans[a] = plan
+        return plan is not None
 
     # Another schedule may make a good plan of one that 1F1B's bubble spoils: what it could save is allowed for.
+    proven = sorted((a for a in ideal if a.schedule == "1f1b"), key=ideal.__getitem__)
     rivals = [a for a in ideal if a.schedule != "1f1b"]
     could_save = dict.fromkeys(ideal, 0.0)
     for a in rivals:
         base = replace(a, schedule="1f1b", chunks=1)
         could_save[base] = max(could_save.get(base, 0.0), ideal.get(base, 0.0) - ideal[a])
-    try_all(sorted((a for a in ideal if a.schedule == "1f1b"), key=ideal.__getitem__), could_save)
+    reached = float("inf")
+    for a in proven:
+        worth = reached * _SLACK + could_save[a]
+        if ideal[a] < worth and attempt(a, worth):
+            reached = min(reached, plans[a].step_seconds)
 
     expected = {a: seconds for a in rivals if (seconds := _expected(a, plans, ideal)) is not None}
-    if not plans:  # 1F1B was not asked for, or holds too much
-        expected = {a: ideal[a] for a in rivals}
-    hopeful = sorted((a for a in expected if expected[a] < best() * _SLACK), key=expected.__getitem__)
-    try_all(hopeful[:_DESCENTS], could_save)
+    found = 0
+    for a in sorted(expected, key=expected.__getitem__):
+        if found < _DESCENTS and expected[a] < best() * _SLACK:
+            found += attempt(a, best() * _SLACK)
+    if not any(a in wanted for a in plans):  # what fits least, or has no 1F1B beside it: whatever fits
+        for a in sorted((a for a in ideal if a in wanted), key=ideal.__getitem__):
+            if not whole_layers and a.schedule == "1f1b":
+                attempt(a, best(), whole=False)
+            elif a.schedule != "1f1b" and a not in expected and found < _DESCENTS:
+                found += attempt(a, best())
 
-    ranked = sorted(plans.values(), key=lambda plan: plan.step_seconds)
+    ranked = sorted((plan for a, plan in plans.items() if a in wanted), key=lambda plan: plan.step_seconds)
     if not whole_layers:
         progress("boundaries inside layers")
         ranked[:_REFINED] = [_refined(plan) for plan in ranked[:_REFINED]]
         ranked.sort(key=lambda plan: plan.step_seconds)
-    return Found(ranked[0] if ranked else None, tuple(ranked[1:4]), len(everything), planned)
+    return Found(ranked[0] if ranked else None, tuple(ranked[1:4]), len(wanted), planned)
+
+
+def _without_schedule(fixed: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fixed.items() if key not in ("schedule", "chunks")}
 
 
 def _expected(a: Arrangement, plans: Mapping[Arrangement, Plan], ideal: Mapping[Arrangement, float]) -> float | None:
@@ -97,9 +112,12 @@ def _expected(a: Arrangement, plans: Mapping[Arrangement, Plan], ideal: Mapping[
 def candidates(
     hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]
 ) -> Iterable[tuple[Arrangement, Workload]]:
-    """Arrangements with the work that each makes of `work`."""
+    """Arrangements with the work that each makes of `work`. Where the hardware's units were measured for this model,
+    only micro-batches that were measured: estimates beside measurements would not compare."""
+    measured = hardware.measured_micro_batches(work.model, work.precision, work.sequence_length)
     for a in arrangements(work.model, hardware, work.batch_sequences, fixed, work.group_sequences):
-        yield a, work_of(work, a)
+        if not measured or "micro_batch_sequences" in fixed or a.micro_batch_sequences in measured:
+            yield a, work_of(work, a)
 
 
 def work_of(work: Workload, a: Arrangement) -> Workload:
@@ -109,15 +127,15 @@ def work_of(work: Workload, a: Arrangement) -> Workload:
 
 
 def ideal_seconds(hardware: HardwareProfile, work: Workload, arrangement: Arrangement) -> float | None:
-    """A step in which all ranks do equal work: with 1F1B nothing is faster, (m + p - 1) / p of a micro-batch's work;
-    interleaving divides the bubble by its chunks, zero-bubble schedules have none. None where the weights alone do
-    not fit.
+    """An estimate: a step in which all ranks do equal work, for 1F1B (m + p - 1) / p of a micro-batch's; interleaving
+    divides the bubble by its chunks, zero-bubble schedules have none. Uneven stages can be a few per cent faster where
+    micro-batches are few. None where the weights, and what torch receives into, are more than all ranks have.
     """
     pp, m = arrangement.pp, work.micro_batches
     names = unit_names(work.model)
     static = sum(unit_static_bytes(work, name) for name in names)
-    received = 2 * m * hidden_bytes(work) if pp > 2 else 0
-    if static / pp + received > hardware.usable_bytes:
+    received = 2 * (pp - 1) * m * hidden_bytes(work)
+    if (static + received) / pp > hardware.usable_bytes:
         return None
     times = unit_times(hardware, work)
     split = arrangement.schedule in ("zero-bubble", "zbv")

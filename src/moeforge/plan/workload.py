@@ -27,6 +27,7 @@ class Workload:
     etp: int = 1
     optimizer: str = "adamw"
     zero: bool = True
+    dispatcher: str = "auto"
     overlap_chunks: int = 1
     group_sequences: int = 1
     imbalance: float = 1.0
@@ -75,6 +76,15 @@ class Workload:
     def block(self) -> int:
         """b: ranks among which tokens travel to their experts."""
         return self.ep * self.etp
+
+    @property
+    def gathers_tokens(self) -> bool:
+        """Whether every rank of a block gets all tokens, instead of each travelling to its experts: the rule of
+        `parallel.dispatcher.make_dispatcher`."""
+        if self.model.moe is None or self.block == 1 or self.dispatcher == "alltoall":
+            return False
+        small = self.model.moe.top_k * self.etp >= self.block and self.overlap_chunks == 1
+        return self.dispatcher == "allgather" or small
 
     @property
     def expert_dp(self) -> int:

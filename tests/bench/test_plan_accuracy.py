@@ -117,7 +117,8 @@ def test_two_processes_with_a_tied_embedding() -> None:
     layout = build_layout(SHAPE, pp=2, stages=[3, 1])
     first, last = 3 + 3 * LAYER, LAYER + 3000
     # The last stage is the slower one: the first forward, all of its passes, the first stage's last backward.
-    pipeline = 1 + 330 + 2 * last + 2 + 3 * 220 + 2 * 7
+    # Three transfers are waited for: two forwards' to it, and the last backward's from it.
+    pipeline = 1 + 330 + 2 * last + 2 + 3 * 220 + 3 * 7
     assert first < last
     update = max(10 + 3300 + 5, 1 + 1100 + 5 + 10)
     assert simulated_seconds(layout, SHAPE, Figures(KINDS, 7, 5), 2) == pipeline + update

@@ -190,7 +190,7 @@ def test_the_plan_runs_with_its_own_micro_batches(config, tmp_path):
     layout = Layout.read(out)
     run = with_planned_micro_batches(load_config(config, ["train.batch_sequences=16"]), layout)
     assert run.train.micro_batch_sequences == layout.micro_batch_sequences
-    other = layout.micro_batch_sequences * 2
+    other = 2 if layout.micro_batch_sequences != 2 else 8  # neither the plan's nor the default
     with pytest.raises(UserError, match=f"train.micro_batch_sequences = {other}: the plan was made for"):
         with_planned_micro_batches(load_config(config, [f"train.micro_batch_sequences={other}",
                                                         "train.batch_sequences=16"]), layout)  # fmt: skip

@@ -6,8 +6,6 @@ plan, and the uniform one that was printed beside it, in turns. What was promise
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import statistics
 import subprocess
@@ -54,15 +52,12 @@ def main(config: str, profile: str, settings: list[str]) -> dict[str, Any]:
 
 
 def _plan(config: str, profile: str, settings: list[str], out: Path) -> dict[str, Any]:
-    from moeforge.cli.app import main as cli
-
     arguments = [word for value in settings for word in ("--set", value)]
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        code = cli(["plan", "train", config, "--cluster", profile, *arguments, "--out", str(out), "--json"])
-    if code:
-        raise RunError("plan train failed; its message is above")
-    found: dict[str, Any] = json.loads(printed.getvalue())
+    command = [sys.executable, "-m", "moeforge", "plan", "train", config, "--cluster", profile, *arguments]
+    done = subprocess.run([*command, "--out", str(out), "--json"], capture_output=True, text=True)
+    if done.returncode:
+        raise RunError(f"plan train failed: {done.stderr.strip()}")
+    found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 

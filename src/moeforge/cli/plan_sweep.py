@@ -26,7 +26,7 @@ def sweep(
 
     A step has 4 million tokens, or 8,192 a device where that is more; --set train.batch_sequences=N fixes it.
     """
-    from moeforge.cli.plan_train import read_request
+    from moeforge.cli.plan_train import read_request, said_keys
     from moeforge.config.clusters import DEVICES, load_hardware
     from moeforge.plan.request import default_batch, request_of
     from moeforge.plan.sweep import sizes
@@ -44,8 +44,9 @@ def sweep(
         picture_format(out)
         require_directory(out)
     run, config = read_request(model, settings or [], hardware)
-    request = request_of(run, config)
-    given = model.endswith(".toml") or any("train.batch_sequences" in setting for setting in settings or [])
+    said = said_keys(settings)
+    request = request_of(run, config, said)
+    given = model.endswith(".toml") or "train.batch_sequences" in said
     length = run.data.sequence_length
 
     def batch(cluster: Any) -> int:

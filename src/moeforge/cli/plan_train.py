@@ -64,6 +64,9 @@ def train(
 
     if cluster is not None and world is not None:
         raise UserError(f"--world {world}: must be absent with --cluster, which has its number of devices")
+    outputs = [path.absolute() for path in (out, timeline, trace) if path is not None]
+    if len(set(outputs)) < len(outputs):
+        raise UserError("--out, --timeline, --trace: must be different files")
     if timeline is not None:
         from moeforge.report.save import picture_format, require_directory
 
@@ -71,13 +74,16 @@ def train(
         require_directory(timeline)
     hardware = None if cluster is None else load_hardware(cluster)
     run, model = read_request(target, settings or [], hardware)
+    if run.data.sequence_length > model.max_positions:
+        length = run.data.sequence_length
+        raise UserError(f"data.sequence_length = {length}: {run.model.path} has only {model.max_positions} positions")
     if hardware is None:
         hardware = _like_here(run, world)
     if memory_gbytes is not None:
         if not math.isfinite(memory_gbytes):
             raise UserError(f"--memory-gbytes {memory_gbytes}: must be a finite number")
         hardware = hardware.model_copy(update={"memory_gbytes": memory_gbytes, "usable_memory": 1.0})
-    plan, found = _plan(run, model, hardware, cluster is not None, whole_layers)
+    plan, found = _plan(run, model, hardware, cluster is not None, whole_layers, said_keys(settings))
     uniform = uniform_plan(hardware, plan.work, plan.arrangement)
     exported = _export(plan, export)
     if out is not None:
@@ -116,15 +122,18 @@ def read_request(target: str, settings: list[str], hardware: HardwareProfile | N
         "data": {"train": [{"path": "not-read"}], "sequence_length": min(model.max_positions, 8192)},
     }
     keys = {setting.partition("=")[0].strip(): setting for setting in settings}
+    if "model.path" in keys:
+        raise UserError(f"--set {keys['model.path']}: the model is {target} already; leave it out")
     if hardware is not None and "train.batch_sequences" not in keys:
         length = config_of(deepcopy(data), [keys[key] for key in keys if key == "data.sequence_length"])
         data["train"] = {"batch_sequences": default_batch(length.data.sequence_length, hardware)}
     run = config_of(data, settings)
-    if run.data.sequence_length > model.max_positions:
-        raise UserError(
-            f"data.sequence_length = {run.data.sequence_length}: {target} has only {model.max_positions} positions"
-        )
     return run, model
+
+
+def said_keys(settings: list[str] | None) -> set[str]:
+    """The dotted keys that the command line sets."""
+    return {setting.partition("=")[0].strip() for setting in settings or []}
 
 
 def _like_here(run: TrainConfig, world: int | None) -> HardwareProfile:
@@ -149,7 +158,7 @@ def _like_here(run: TrainConfig, world: int | None) -> HardwareProfile:
 
 
 def _plan(
-    run: TrainConfig, model: ModelConfig, hardware: HardwareProfile, choose: bool, whole_layers: bool
+    run: TrainConfig, model: ModelConfig, hardware: HardwareProfile, choose: bool, whole_layers: bool, said: set[str]
 ) -> tuple[Plan, Found | None]:
     """The plan, and what was found on the way; None where the training file decides everything."""
     from moeforge.config.parallel import layout_for
@@ -169,7 +178,7 @@ def _plan(
         arrangement = arrangement_of(layout, micro)
         work = work_of(workload_of(run, model), arrangement)
         return evaluate(hardware, work, arrangement, layout), None
-    request = request_of(run, model)
+    request = request_of(run, model, said)
     console = stderr_console()
     with console.status("planning") as status:
         found = search(

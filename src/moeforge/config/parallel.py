@@ -157,7 +157,8 @@ def with_planned_micro_batches(config: TrainConfig, layout: Layout) -> TrainConf
     planned, train = layout.micro_batch_sequences, config.train
     if planned is None or planned == train.micro_batch_sequences:
         return config
-    if "micro_batch_sequences" in train.model_fields_set:
+    default = type(train).model_fields["micro_batch_sequences"].default
+    if train.micro_batch_sequences != default:  # the default, which `train --init` writes down, is no decision
         raise UserError(
             f"train.micro_batch_sequences = {train.micro_batch_sequences}: the plan was made for {planned}; plan "
             "again, or leave the key out"

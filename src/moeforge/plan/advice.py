@@ -87,15 +87,26 @@ def _more_nodes(
     hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any], whole_layers: bool
 ) -> Iterable[str]:
     free = {key: value for key, value in fixed.items() if key != "dp"}
-    times = 2
-    while times <= _MOST_NODES:
-        larger = hardware.model_copy(update={"nodes": hardware.nodes * times})
-        batch = max(work.batch_sequences, -(-work.batch_sequences // larger.devices) * larger.devices)
-        if any(True for _ in _fitting(larger, replace(work, batch_sequences=batch), free, whole_layers)):
-            with_it = f" with train.batch_sequences = {batch}" if batch != work.batch_sequences else ""
-            yield f"{hardware.nodes * times} nodes (are {hardware.nodes}){with_it}"
+
+    def batch_on(nodes: int) -> int:
+        devices = nodes * hardware.devices_per_node
+        return -(-work.batch_sequences // devices) * devices
+
+    def fits(nodes: int) -> bool:
+        larger = hardware.model_copy(update={"nodes": nodes})
+        return any(True for _ in _fitting(larger, replace(work, batch_sequences=batch_on(nodes)), free, whole_layers))
+
+    few, many = hardware.nodes, 2 * hardware.nodes
+    while not fits(many):
+        few, many = many, 2 * many
+        if many > _MOST_NODES * hardware.nodes:
             return
-        times *= 2
+    while many - few > 1:
+        middle = (few + many) // 2
+        few, many = (few, middle) if fits(middle) else (middle, many)
+    batch = batch_on(many)
+    with_it = f" with train.batch_sequences = {batch}" if batch != work.batch_sequences else ""
+    yield f"{many} nodes (are {hardware.nodes}){with_it}"
 
 
 def _fitting(

@@ -67,8 +67,7 @@ def arrangements(
 ) -> Iterator[Arrangement]:
     """All that the cluster, the batch and `fixed` (values of fields of `Arrangement`, or `expert_mode`) allow.
 
-    tp stays inside a node. Micro-batches are routing groups (of `group` sequences) times a power of two; interleaving
-    has 2 to 4 stages a rank.
+    tp stays inside a node. Interleaving has 2 to 4 stages a rank.
     """
     devices, per_node = hardware.devices, hardware.devices_per_node
 
@@ -84,11 +83,18 @@ def arrangements(
             if model.moe is not None:
                 modes = [mode for mode in modes if _wanted(mode, dp, tp, fixed)]
             own = batch_sequences // dp
-            micros = allowed("micro_batch_sequences", [group << i for i in range(6)])
+            micros = allowed("micro_batch_sequences", _micro_batches(own, group))
             for micro in [micro for micro in micros if own % micro == 0]:
                 for schedule, chunks in _schedules(model, pp, own // micro, fixed):
                     for ep, etp in modes:
                         yield Arrangement(pp, dp, tp, ep, etp, schedule, chunks, micro)
+
+
+def _micro_batches(own: int, group: int) -> list[int]:
+    """Sizes to try for a replica's `own` sequences: powers of two of a routing group, or of odd numbers all."""
+    if own % (2 * group) == 0:
+        return [group << i for i in range(6)]
+    return [size for size in divisors(own) if size % group == 0 and size <= 32 * group]
 
 
 def _wanted(mode: tuple[int, int], dp: int, tp: int, fixed: Mapping[str, Any]) -> bool:

@@ -139,7 +139,7 @@ def _require_whole_layers(layout: Layout, config: ModelConfig, target: str) -> N
             layer = names[stage.begin_unit].split(".")[1]
             raise UserError(
                 f"layout stages.{index}.begin_unit = {stage.begin_unit}: between attention and feed-forward of layer "
-                f"{layer}, but {target} moves whole layers only; plan with whole layers"
+                f"{layer}, but {target} moves whole layers only; plan with --whole-layers"
             )
 
 

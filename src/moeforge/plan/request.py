@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from moeforge.config.hardware import HardwareProfile
 from moeforge.config.model import ModelConfig
-from moeforge.config.schema import TrainConfig
+from moeforge.config.parallel import ParallelSection
+from moeforge.config.schema import TrainConfig, TrainSection
 from moeforge.layout import Layout
 from moeforge.plan.arrangement import Arrangement
 from moeforge.plan.workload import Workload
@@ -24,13 +26,19 @@ class Request:
     fixed: dict[str, Any]
 
 
-def request_of(run: TrainConfig, model: ModelConfig) -> Request:
-    """What a training file leaves open: every key of [parallel], and the micro-batch, that it does not name."""
-    section, train = run.parallel, run.train
-    named = section.model_fields_set
-    fixed = {key: getattr(section, key) for key in _KEYS if key in named and getattr(section, key) != 0}
-    if "micro_batch_sequences" in train.model_fields_set:
-        fixed["micro_batch_sequences"] = train.micro_batch_sequences
+def request_of(run: TrainConfig, model: ModelConfig, said: Collection[str] = ()) -> Request:
+    """What a training file decides: of [parallel] and the micro-batch every value that is not the default, which
+    `train --init` writes down too; and whatever the command line has `said` (dotted keys)."""
+    default = ParallelSection()
+    fixed = {
+        key: getattr(run.parallel, key)
+        for key in _KEYS
+        if f"parallel.{key}" in said or getattr(run.parallel, key) != getattr(default, key)
+    }
+    fixed = {key: value for key, value in fixed.items() if value != 0}
+    micro = run.train.micro_batch_sequences
+    if "train.micro_batch_sequences" in said or micro != TrainSection().micro_batch_sequences:
+        fixed["micro_batch_sequences"] = micro
     return Request(workload_of(run, model), fixed)
 
 
@@ -57,7 +65,8 @@ def arrangement_of(layout: Layout, micro_batch_sequences: int) -> Arrangement:
 
 
 def default_batch(sequence_length: int, hardware: HardwareProfile) -> int:
-    """Sequences of a step where nobody says: about 4 million tokens, or 8,192 for every device, so that any number of
-    replicas divides them."""
+    """Sequences of a step where nobody says: about 4 million tokens, or 8,192 for every device, in whole eighths a
+    device where there are many, so that any number of replicas divides them and micro-batches can be chosen."""
     tokens = max(_BATCH_TOKENS, 8192 * hardware.devices)
-    return -(-tokens // (sequence_length * hardware.devices)) * hardware.devices
+    each = -(-tokens // (sequence_length * hardware.devices))
+    return (each if each < 16 else -(-each // 8) * 8) * hardware.devices

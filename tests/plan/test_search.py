@@ -111,7 +111,7 @@ class TestAdvice:
         cluster, fixed = load_hardware("8x8-h100"), {"pp": 8, "tp": 8, "schedule": "1f1b", "expert_mode": "edp"}
         work = Workload(self.skywork, "bf16", 8192, 1, 64)
         arrangement, own = next(iter(candidates(cluster, work, fixed)))
-        need = least_bytes(cluster, own, arrangement, whole_layers=True)
+        need = least_bytes(cluster, own, arrangement)
         enough = cluster.model_copy(update={"memory_gbytes": need * 1.0001 / 1e9, "usable_memory": 1.0})
         less = cluster.model_copy(update={"memory_gbytes": need * 0.9999 / 1e9, "usable_memory": 1.0})
         assert make_plan(enough, own, arrangement, True) is not None

@@ -21,22 +21,22 @@ _MOST_NODES = 64
 """Times as many nodes as are tried."""
 
 
-def advise(hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any], whole_layers: bool = False) -> str:
+def advise(hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]) -> str:
     """One line: how much is missing, and the smallest single changes that would fit.
 
     Tried are other values of each fixed key (nearest first), more nodes, and more memory.
     """
-    need = _least_memory(hardware, work, fixed, whole_layers)
+    need = _least_memory(hardware, work, fixed)
     if need is None:
         return _no_arrangement(hardware, work, fixed)
     changes = [
-        *_other_values(hardware, work, fixed, whole_layers),
-        *_more_nodes(hardware, work, fixed, whole_layers),
+        *_other_values(hardware, work, fixed),
+        *_more_nodes(hardware, work, fixed),
     ]
     changes.append(f"devices with {need / 1e9:.1f} GB to use")
     return (
         f"no plan fits: {hardware.name} has {hardware.usable_bytes / 1e9:.1f} GB to use a device, and the fullest one "
-        f"needs at least {need / 1e9:.1f} GB, whatever is recomputed. Smallest changes that fit: "
+        f"needs {need / 1e9:.1f} GB in whole layers, whatever is recomputed. Smallest changes that fit: "
         + "; or ".join(changes)
     )
 
@@ -65,14 +65,14 @@ def _name(key: str) -> str:
 
 
 def _other_values(
-    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any], whole_layers: bool
+    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]
 ) -> Iterable[str]:
     """For each fixed key its nearest value that fits, everything else as it is (but dp, which pp and tp decide)."""
     for key, value in fixed.items():
         dropped = {key, "dp"} if key in ("pp", "tp") else {key}
         free = {other: kept for other, kept in fixed.items() if other not in dropped}
         fitting: dict[tuple[Any, int], float] = {}
-        for a, _ in _fitting(hardware, work, free, whole_layers):
+        for a, _ in _fitting(hardware, work, free):
             other = getattr(a, key)
             if other != value:
                 near = abs(np.log(other / value)) if isinstance(value, int) and value else 0.0
@@ -84,7 +84,7 @@ def _other_values(
 
 
 def _more_nodes(
-    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any], whole_layers: bool
+    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]
 ) -> Iterable[str]:
     free = {key: value for key, value in fixed.items() if key != "dp"}
 
@@ -94,7 +94,7 @@ def _more_nodes(
 
     def fits(nodes: int) -> bool:
         larger = hardware.model_copy(update={"nodes": nodes})
-        return any(True for _ in _fitting(larger, replace(work, batch_sequences=batch_on(nodes)), free, whole_layers))
+        return any(True for _ in _fitting(larger, replace(work, batch_sequences=batch_on(nodes)), free))
 
     few, many = hardware.nodes, 2 * hardware.nodes
     while not fits(many):
@@ -110,11 +110,11 @@ def _more_nodes(
 
 
 def _fitting(
-    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any], whole_layers: bool
+    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]
 ) -> Iterable[tuple[Arrangement, Workload]]:
     for a, own in _smallest(hardware, work, fixed):
         cap = hardware.usable_bytes
-        if _floor_bytes(own, a) <= cap and least_bytes(hardware, own, a, whole_layers) <= cap:
+        if _floor_bytes(own, a) <= cap and least_bytes(hardware, own, a) <= cap:
             yield a, own
 
 
@@ -139,24 +139,24 @@ def _floor_bytes(work: Workload, arrangement: Arrangement) -> float:
 
 
 def _least_memory(
-    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any], whole_layers: bool
+    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]
 ) -> float | None:
     least = None
     for a, own in sorted(_smallest(hardware, work, fixed), key=lambda found: _floor_bytes(found[1], found[0])):
         if least is not None and _floor_bytes(own, a) >= least:
             break
-        need = least_bytes(hardware, own, a, whole_layers)
+        need = least_bytes(hardware, own, a)
         least = need if least is None else min(least, need)
     return least
 
 
-def least_bytes(hardware: HardwareProfile, work: Workload, arrangement: Arrangement, whole_layers: bool) -> float:
-    """The smallest possible fullest rank of an arrangement, whatever is recomputed: over all its splits. Where ranks
-    have several stages, that of even ones with everything recomputed."""
+def least_bytes(hardware: HardwareProfile, work: Workload, arrangement: Arrangement) -> float:
+    """The smallest possible fullest rank of an arrangement, whatever is recomputed: over all its splits into whole
+    layers. Where ranks have several stages, that of even ones with everything recomputed."""
     if arrangement.chunks > 1:
         layout = even_layout(work, arrangement, work.model.num_layers)
         return max(rank_peak_bytes(work, layout, rank) for rank in range(arrangement.pp))
-    problem = make_problem(hardware, work, arrangement, whole_layers)
+    problem = make_problem(hardware, work, arrangement, whole_layers=True)
     at = (0, *problem.cuts, len(problem.units))
     best = np.full(len(at), np.inf)
     best[0] = 0.0

@@ -135,7 +135,8 @@ def ideal_seconds(hardware: HardwareProfile, work: Workload, arrangement: Arrang
     names = unit_names(work.model)
     static = sum(unit_static_bytes(work, name) for name in names)
     received = 2 * (pp - 1) * m * hidden_bytes(work)
-    if (static + received) / pp > hardware.usable_bytes:
+    largest = max(unit_static_bytes(work, name) for name in names)
+    if max((static + received) / pp, largest) > hardware.usable_bytes:
         return None
     times = unit_times(hardware, work)
     split = arrangement.schedule in ("zero-bubble", "zbv")

@@ -18,8 +18,10 @@ from moeforge.plan.planner import Plan, make_plan, unit_times
 from moeforge.plan.static_memory import unit_static_bytes
 from moeforge.plan.workload import Workload
 
-_DESCENTS, _REFINED = 16, 3
+_DESCENTS, _REFINED = 10, 3
 """Arrangements with other schedules that are planned, and those planned again with boundaries inside layers."""
+_PATIENCE = 60
+"""Arrangements tried in order of their estimate since the last better one, before the rest are given up."""
 _SLACK = 1.04
 """Arrangements that seem this much slower than the best are planned too: estimates err, and the next best is shown."""
 
@@ -72,11 +74,13 @@ def search(
     for a in rivals:
         base = replace(a, schedule="1f1b", chunks=1)
         could_save[base] = max(could_save.get(base, 0.0), ideal.get(base, 0.0) - ideal[a])
-    reached = float("inf")
+    reached, since = float("inf"), 0
     for a in proven:
-        worth = reached * _SLACK + could_save[a]
-        if ideal[a] < worth and attempt(a, worth):
-            reached = min(reached, plans[a].step_seconds)
+        worth = reached + could_save[a]
+        if ideal[a] < worth and since < _PATIENCE:
+            since += bool(plans)
+            if attempt(a, worth) and plans[a].step_seconds < reached:
+                reached, since = plans[a].step_seconds, 0
 
     expected = {a: seconds for a in rivals if (seconds := _expected(a, plans, ideal)) is not None}
     found = 0

@@ -160,7 +160,7 @@ def _facts(result: dict[str, Any]) -> str:
     return (
         "{model} on {cluster}: pp {pp} x dp {dp} x tp {tp}, {schedule}, {precision}; a step of {batch_sequences} x "
         "{sequence_length} tokens,\n{micro_batches} micro-batches of {micro_batch_sequences} a pipeline, "
-        "{overlap_chunks} chunks, imbalance {imbalance:g}\n"
+        "overlap chunks {overlap_chunks}, imbalance {imbalance:g}\n"
         "GB that a rank sends in a step inside its node and across nodes (mean over stages, without recomputation):\n"
         "tokens to experts and back; gradients and weights of experts with copies. waits: seconds of a step in which\n"
         "tokens travel and nothing is computed. step: the best plan with whole layers"

@@ -1,7 +1,8 @@
 """The fastest arrangement of a cluster.
 
-1F1B first, for it is quickly proven: in order of what each arrangement would take with equal work on all ranks, until
-not even that beats the best. Then the other schedules where they can gain most, and last the boundaries inside layers.
+1F1B first, for its splits are quickly proven: in order of what each arrangement would take with equal work on all
+ranks, until nothing better has come for a while. Then the other schedules where they can gain most, and last the
+boundaries inside layers. Across arrangements nothing is proven.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ def reasons(plan: Plan, uniform: Plan, found: Found | None) -> list[str]:
     if plan.gap < 1e-9:
         said.append("proven: no other split or recomputation of this arrangement has a shorter simulated step")
     else:
-        said.append(f"by local search: at most {plan.gap:.1%} above a bound that knows no bubble and no recomputation")
+        how = "not proven to the end" if plan.layout.schedule == "1f1b" else "by local search"
+        said.append(f"{how}: at most {plan.gap:.1%} above a bound (of other schedules one without any bubble)")
     for other in found.others[:1]:
         said.append(f"next best, {other.step_seconds / step - 1:+.1%}: {other.arrangement.describe()}")
     said.append(f"{found.considered} arrangements considered, {found.planned} planned")

@@ -40,7 +40,7 @@ def test_the_table_fits_110_columns(capsys: pytest.CaptureFixture[str], monkeypa
     assert max(map(len, text.splitlines())) <= 110
     shown = {tuple(line.split()[:4]) for line in text.splitlines()}
     assert {("EDP", "4", "1", "4"), ("EP", "16", "1", "1"), ("ETP", "4", "4", "1"), ("mixed", "8", "1", "2")} <= shown
-    assert "82.3 GB of the 78.7 GB" in text and "4 chunks, imbalance 1.3" in text
+    assert "82.3 GB of the 78.7 GB" in text and "overlap chunks 4, imbalance 1.3" in text
     assert "tensor-parallel regions, in every mode" in text
 
 

@@ -57,7 +57,7 @@ def train(
     """Plan a training run: stages, recomputation, expert mode, schedule and micro-batch.
 
     With --cluster, what [parallel] and train.micro_batch_sequences leave open is chosen for the smallest simulated
-    step; what they name is kept. Without it the layout is the one that [parallel] says, on devices like this one.
+    step; what they decide is kept. Without it the layout is the one that [parallel] says, on devices like this one.
     """
     from moeforge.config.clusters import load_hardware
     from moeforge.plan.planner import uniform_plan

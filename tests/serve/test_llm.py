@@ -97,10 +97,10 @@ def test_an_end_token_stops_unless_ignored(llm: LLM) -> None:
 def test_the_models_own_end_tokens_stop(saved: Saved, tmp_path: Path) -> None:
     directory = tmp_path / "model"
     shutil.copytree(saved("llama"), directory)
-    free = LLM(directory, "fp32", "cpu").generate(PROMPTS[0], greedy(10, ignore_eos=True))[0].outputs[0]
+    free = LLM(directory, dtype="fp32", device="cpu").generate(PROMPTS[0], greedy(10, ignore_eos=True))[0].outputs[0]
     end = free.token_ids[3]
     (directory / "generation_config.json").write_text(f'{{"eos_token_id": [257, {end}]}}')
-    llm = LLM(directory, "fp32", "cpu")
+    llm = LLM(directory, dtype="fp32", device="cpu")
     stopped = llm.generate(PROMPTS[0], greedy(10))[0].outputs[0]
     assert stopped.finish_reason == "stop"
     assert stopped.token_ids == free.token_ids[: free.token_ids.index(end) + 1]
@@ -116,21 +116,21 @@ def test_each_step_shows_a_beginning_of_the_final_text(llm: LLM) -> None:
 
 
 def test_generation_ends_at_max_model_len(saved: Saved) -> None:
-    llm = LLM(saved("llama"), "fp32", "cpu", max_model_len=12)
+    llm = LLM(saved("llama"), dtype="fp32", device="cpu", max_model_len=12)
     (output,) = llm.generate(PROMPTS[3], greedy(50, ignore_eos=True))
     assert len(output.outputs[0].token_ids) == 2
     assert output.outputs[0].finish_reason == "length"
 
 
 def test_auto_keeps_the_stored_dtype(saved: Saved) -> None:
-    assert LLM(saved("llama"), device="cpu").model.output_weight.dtype == torch.float32
-    assert LLM(saved("llama"), "bf16", "cpu").model.output_weight.dtype == torch.bfloat16
+    assert LLM(saved("llama"), device="cpu").engine.runner._runner.cache.dtype == torch.float32
+    assert LLM(saved("llama"), dtype="bf16", device="cpu").engine.runner._runner.cache.dtype == torch.bfloat16
 
 
 def test_without_a_tokenizer_token_ids_still_work(saved: Saved, tmp_path: Path) -> None:
     directory = tmp_path / "model"
     shutil.copytree(saved("llama"), directory, ignore=shutil.ignore_patterns("token*", "*.jinja"))
-    llm = LLM(directory, "fp32", "cpu")
+    llm = LLM(directory, dtype="fp32", device="cpu")
     (output,) = llm.generate([PROMPTS[0]], greedy(4))
     assert len(output.outputs[0].token_ids) == 4 and output.outputs[0].text == ""
     for refused in (
@@ -168,6 +168,11 @@ def test_impossible_prompts_are_refused(llm: LLM, prompt: list[int], message: st
         ({"max_model_len": 97}, "max_model_len = 97.*96"),
         ({"dtype": "int3"}, "dtype = 'int3'.*auto, bf16, fp32"),
         ({"device": "toaster"}, "device = 'toaster'.*cpu"),
+        ({"block_sise": 8}, "unexpected keyword argument 'block_sise'"),
+        ({"block_size": 0}, "block_size = 0: must be at least 1"),
+        ({"kv_cache_memory_bytes": 1000}, "max_model_len = 96.*room for 0 tokens"),
+        ({"tensor_parallel_size": 97}, "tensor_parallel_size = 97.*96"),
+        ({"plan": Path("absent.json")}, "absent.json: cannot read"),
     ],
 )
 def test_impossible_settings_are_refused(saved: Saved, arguments: dict[str, object], message: str) -> None:
@@ -181,8 +186,8 @@ def test_a_list_of_params_must_match(llm: LLM) -> None:
 
 
 def test_logits_that_are_not_finite_are_a_fault(saved: Saved) -> None:
-    llm = LLM(saved("llama"), "fp32", "cpu")
-    llm.model.get_parameter("head.norm.weight").fill_(float("nan"))
+    llm = LLM(saved("llama"), dtype="fp32", device="cpu")
+    llm.engine.runner._runner.model.get_parameter("head.norm.weight").fill_(float("nan"))
     with pytest.raises(RunError, match="not finite"):
         llm.generate(PROMPTS[:1], greedy())
 

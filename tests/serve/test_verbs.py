@@ -22,7 +22,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 def test_generate_prints_what_the_library_returns(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
     model = saved("mixtral")
-    expected = LLM(model).generate("Hello", SamplingParams(0.9, seed=4, top_k=20, max_tokens=7))[0].outputs[0]
+    expected = LLM(model).generate("Hello", SamplingParams(temperature=0.9, seed=4, top_k=20, max_tokens=7))[0].outputs[0]
     options = ("--temperature", 0.9, "--seed", 4, "--top-k", 20, "--max-tokens", 7)
     code, out, _ = run(capsys, "generate", model, "--prompt", "Hello", *options, "--json")
     result = json.loads(out)
@@ -36,7 +36,7 @@ def test_generate_streams_to_a_terminal(
     saved: Saved, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = saved("llama")
-    expected = LLM(model).chat([{"role": "user", "content": "Hi"}], SamplingParams(0, max_tokens=9))
+    expected = LLM(model).chat([{"role": "user", "content": "Hi"}], SamplingParams(temperature=0, max_tokens=9))
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     code, out, _ = run(capsys, "generate", model, "--prompt", "Hi", "--chat", "--max-tokens", 9)
     assert (code, out) == (0, expected[0].outputs[0].text + "\n")

@@ -27,12 +27,19 @@ def pick_dtype(dtype: str, checkpoint: Checkpoint) -> torch.dtype:
     Raises UserError for an unknown name.
     """
     if dtype != "auto":
-        if dtype not in _DTYPES:
-            raise UserError(f"dtype = {dtype!r}: must be auto, bf16, fp32 or fp64")
-        return _DTYPES[dtype]
+        return named_dtype(dtype)
     quantised = checkpoint.path.suffix == ".gguf"
     stored = checkpoint.dtype(EMBED)
     return stored if stored in _DTYPES.values() and not quantised else torch.bfloat16
+
+
+def named_dtype(dtype: str) -> torch.dtype:
+    """The dtype to compute in where nothing is stored: "auto" is bfloat16. Raises UserError for an unknown name."""
+    if dtype == "auto":
+        return torch.bfloat16
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype = {dtype!r}: must be auto, bf16, fp32 or fp64")
+    return _DTYPES[dtype]
 
 
 def load_for_inference(checkpoint: Checkpoint, dtype: str = "auto", device: str = "auto") -> Transformer:

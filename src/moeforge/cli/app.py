@@ -31,6 +31,7 @@ VERBS = {
     "export": "Make a model directory of a training checkpoint.",
     "eval": "Held-out loss and perplexity of a model.",
     "generate": "Continue a prompt with a model.",
+    "serve": "An OpenAI-compatible server for a model, and a page to chat with it.",
     "inspect": "What a model is made of: sizes, layers, parameters total and active.",
     "plan": "Place a model on the GPUs you have.",
     "claims": "The reference system's headline claims, derived again; published runs, predicted.",
@@ -78,7 +79,8 @@ root = typer.Typer(cls=LazyGroup, **SETTINGS)
 @root.callback(
     invoke_without_command=True,
     epilog="Exit codes: 0 done, 1 a fault while running, 2 bad input, 130 interrupted. Where SIGTERM or Ctrl-C stops "
-    "moeforge train, it saves the run first and exits with 0; in its --json, interrupted then names the signal.",
+    "moeforge train, it saves the run first and exits with 0; in its --json, interrupted then names the signal. "
+    "moeforge serve answers what runs first, and exits with 0.",
 )
 def _root(
     ctx: typer.Context,

@@ -46,9 +46,17 @@ def command(
     """Continue a prompt; greedy unless --temperature is given."""
     from moeforge.serve import LLM, SamplingParams
 
-    params = SamplingParams(temperature, top_k, top_p, min_p, max_tokens, seed, stop or ())
+    params = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        max_tokens=max_tokens,
+        seed=seed,
+        stop=stop or (),
+    )
     text = sys.stdin.read() if prompt == "-" else prompt
-    llm = LLM(model, dtype, device, max_model_len)
+    llm = LLM(model, dtype=dtype, device=device, max_model_len=max_model_len)
     llm.get_tokenizer()
     printer = None if json or not sys.stdout.isatty() else _Printer()
     if chat:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from moeforge.cli.plan_compare import compare
+from moeforge.cli.plan_serve import serve
 from moeforge.cli.plan_sweep import sweep
 from moeforge.cli.plan_train import train
 
-commands = {"train": train, "compare": compare, "sweep": sweep}
+commands = {"train": train, "serve": serve, "compare": compare, "sweep": sweep}

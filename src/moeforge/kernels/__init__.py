@@ -5,8 +5,9 @@ assignments, R rows of the expert buffer, V vocabulary, h head dimension.
 """
 
 from moeforge.kernels.cross_entropy import linear_cross_entropy
-from moeforge.kernels.experts import expert_mlp, expert_mlp_reference
+from moeforge.kernels.experts import PreparedExperts, expert_mlp, expert_mlp_reference
 from moeforge.kernels.gate import Gate, gate, normalize_logits
+from moeforge.kernels.linear import PreparedWeight, Weight, linear
 from moeforge.kernels.norm import rms_norm
 from moeforge.kernels.permute import Permutation, combine, expert_permutation, gather, row_alignment
 from moeforge.kernels.rope import rotate
@@ -15,12 +16,16 @@ from moeforge.kernels.swiglu import swiglu
 __all__ = [
     "Gate",
     "Permutation",
+    "PreparedExperts",
+    "PreparedWeight",
+    "Weight",
     "combine",
     "expert_mlp",
     "expert_mlp_reference",
     "expert_permutation",
     "gate",
     "gather",
+    "linear",
     "linear_cross_entropy",
     "normalize_logits",
     "rms_norm",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeforge.kernels.linear import PreparedWeight
 from moeforge.kernels.swiglu import swiglu, swiglu_backward, swiglu_forward
 
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,6 +45,31 @@ class _ExpertMLP(torch.autograd.Function):
         grad_w2 = F.grouped_mm(grad.t(), activation, offs=offsets)
         grad_w13 = F.grouped_mm(grad_h.t(), x, offs=offsets)
         return F.grouped_mm(grad_h, w13, offs=offsets), grad_w13, grad_w2, None
+
+
+class PreparedExperts:
+    """Experts for inference: gate, up and down weight of each one, prepared (see `PreparedWeight`).
+
+    w13 [E, 2F, D] gate rows first, w2 [E, D, F].
+    """
+
+    def __init__(self, w13: Tensor, w2: Tensor, deterministic: bool = False) -> None:
+        def prepared(weights: Sequence[Tensor]) -> list[PreparedWeight]:
+            return [PreparedWeight(weight.contiguous(), deterministic) for weight in weights]
+
+        gates, ups = w13.chunk(2, dim=1)
+        self._gates, self._ups, self._downs = (prepared(w.unbind()) for w in (gates, ups, w2))
+
+    def __call__(self, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
+        """As `expert_mlp`. Reads the offsets on the host, so it is for the CPU."""
+        out = torch.empty_like(x_RD)
+        begin = 0
+        for gate, up, down, end in zip(self._gates, self._ups, self._downs, offsets_E.tolist(), strict=True):
+            if end > begin:
+                x = x_RD[begin:end]
+                out[begin:end] = down.linear(gate.linear(x, activation="swish").mul_(up.linear(x)))
+            begin = end
+        return out
 
 
 def expert_mlp(x_RD: Tensor, w13: Tensor, w2: Tensor, offsets_E: Tensor) -> Tensor:

@@ -36,6 +36,10 @@ class Dispatcher(Protocol):
 class LocalDispatcher:
     """All experts live in this process."""
 
+    def alignment(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int) -> int:
+        """Rows at whose multiples an expert's group starts."""
+        return row_alignment(x_TD.dtype)
+
     def route(
         self,
         layer: int,
@@ -48,6 +52,7 @@ class LocalDispatcher:
     ) -> Tensor:
         if kept_TK is not None:
             weights_TK = weights_TK.where(kept_TK, 0.0)
-        permutation = expert_permutation(experts_TK, num_experts, kept_TK, row_alignment(x_TD.dtype))
+        alignment = self.alignment(x_TD, experts_TK, num_experts)
+        permutation = expert_permutation(experts_TK, num_experts, kept_TK, alignment)
         y_RD = experts(gather(x_TD, permutation), permutation.offsets_E)
         return combine(y_RD, weights_TK, permutation)

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeforge.kernels import linear_cross_entropy, rms_norm
+from moeforge.kernels import Weight, linear, linear_cross_entropy, rms_norm
 
 
 class Shard(Protocol):
@@ -34,7 +34,7 @@ class Shard(Protocol):
         """Rows of a (possibly vocabulary-split) embedding: [t, D]."""
         ...
 
-    def logits(self, x_tD: Tensor, weight_VD: Tensor) -> Tensor:
+    def logits(self, x_tD: Tensor, weight_VD: Weight) -> Tensor:
         """Full logits [T, V]."""
         ...
 
@@ -71,8 +71,8 @@ class SingleShard:
     def embed(self, tokens_T: Tensor, weight_VD: Tensor) -> Tensor:
         return F.embedding(tokens_T, weight_VD)
 
-    def logits(self, x_TD: Tensor, weight_VD: Tensor) -> Tensor:
-        return F.linear(x_TD, weight_VD)
+    def logits(self, x_TD: Tensor, weight_VD: Weight) -> Tensor:
+        return linear(x_TD, weight_VD)
 
     def cross_entropy(self, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
         return linear_cross_entropy(x_TD, weight_VD, targets_T)

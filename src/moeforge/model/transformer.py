@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from moeforge.config.model import ModelConfig
+from moeforge.kernels import PreparedWeight, Weight
 from moeforge.layout import Layout, unit_names
 from moeforge.model.context import ForwardContext
 from moeforge.model.recompute import recomputed
 from moeforge.model.rotary import rotary_angles
 from moeforge.model.router import Router
-from moeforge.model.units import Attention, Embedding, FeedForward, Head, MoEFeedForward
+from moeforge.model.units import Attention, Embedding, Experts, FeedForward, Head, Linear, MoEFeedForward
 
 
 class Transformer(nn.Module):
@@ -42,6 +43,7 @@ class Transformer(nn.Module):
         self.head: Head | None = None
         self.layers = nn.ModuleDict()
         self.names = names
+        self._prepared_output: PreparedWeight | None = None
 
         def size(span: tuple[int, int]) -> int:
             return span[1] - span[0]
@@ -88,6 +90,22 @@ class Transformer(nn.Module):
             if isinstance(module, Router):
                 module.reset_parameters(std)
 
+    @torch.no_grad()
+    def prepare(self, deterministic: bool = False) -> Transformer:
+        """For inference alone: keep weights as matmuls of few rows want them. Returns itself.
+
+        `deterministic`: a token's bits do not depend on how many others are computed with it.
+        """
+        for module in self.modules():
+            if isinstance(module, (Linear, Experts, Router)):
+                module.prepare(deterministic)
+        if self.head is not None:
+            weight = self.output_weight
+            assert isinstance(weight, Tensor)
+            self._prepared_output = PreparedWeight(weight.detach(), deterministic)
+            self.head.weight = None
+        return self.eval().requires_grad_(False)
+
     def forward(
         self, tokens_T: Tensor, positions_T: Tensor, context: ForwardContext, hidden_tD: Tensor | None = None
     ) -> Tensor:
@@ -115,8 +133,10 @@ class Transformer(nn.Module):
         return x.clone() if x._is_view() else x
 
     @property
-    def output_weight(self) -> Tensor:
+    def output_weight(self) -> Weight:
         """The head's projection [V, D]: its own, or the embedding's where tied."""
+        if self._prepared_output is not None:
+            return self._prepared_output
         if self.head is not None and self.head.weight is not None:
             return self.head.weight
         assert self.embed is not None
@@ -128,4 +148,6 @@ class Transformer(nn.Module):
 
     def loss(self, hidden_TD: Tensor, targets_T: Tensor, context: ForwardContext) -> Tensor:
         """Sum of the tokens' cross-entropies (float32); targets of -100 count nothing."""
-        return context.shard.cross_entropy(hidden_TD, self.output_weight, targets_T)
+        weight = self.output_weight
+        assert isinstance(weight, Tensor), "a prepared model has no loss"
+        return context.shard.cross_entropy(hidden_TD, weight, targets_T)

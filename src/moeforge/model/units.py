@@ -6,11 +6,10 @@ Each is constructed with its local sizes; what a rank does not hold, another one
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeforge.config.model import ModelConfig
-from moeforge.kernels import expert_mlp, rms_norm, rotate, swiglu
+from moeforge.kernels import PreparedExperts, PreparedWeight, expert_mlp, linear, rms_norm, rotate, swiglu
 from moeforge.model.context import ForwardContext
 from moeforge.model.router import Router
 
@@ -18,16 +17,33 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class Weight(nn.Module):
-    """A bare weight with a name: `x.weight`, and `x.bias` where asked."""
+    """A bare weight with a name: `x.weight`."""
 
-    def __init__(self, *shape: int, bias: bool = False) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(*shape))
-        self.bias = nn.Parameter(torch.empty(shape[0])) if bias else None
+
+
+class Linear(Weight):
+    """A linear map `x.weight` [rows, columns], and `x.bias` where asked."""
+
+    def __init__(self, rows: int, columns: int, bias: bool = False) -> None:
+        super().__init__(rows, columns)
+        self.bias = nn.Parameter(torch.empty(rows)) if bias else None
+        self.prepared: PreparedWeight | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """The weight as a linear map [out, in]."""
-        return F.linear(x, self.weight, self.bias)
+        """x W^T + bias."""
+        return self.project(x) if self.bias is None else linear(x, self.prepared or self.weight, self.bias)
+
+    def project(self, x: Tensor) -> Tensor:
+        """x W^T alone."""
+        return linear(x, self.prepared or self.weight)
+
+    def prepare(self, deterministic: bool) -> None:
+        """Keep the weight as inference wants it, and only so."""
+        self.prepared = PreparedWeight(self.weight.detach(), deterministic)
+        del self.weight
 
 
 class Embedding(nn.Module):
@@ -49,12 +65,12 @@ class Attention(nn.Module):
         self.config, self.layer, self.groups = config, layer, groups
         h, per_group = config.head_dim, config.heads_per_group
         self.norm = Weight(config.hidden_size)
-        self.qkv = Weight(groups * (per_group + 2) * h, config.hidden_size, bias=config.qkv_bias)
+        self.qkv = Linear(groups * (per_group + 2) * h, config.hidden_size, bias=config.qkv_bias)
         if config.qk_norm != "none":
             full = config.qk_norm == "full"
             self.q_norm = Weight(groups * per_group * h if full else h)
             self.k_norm = Weight(groups * h if full else h)
-        self.o = Weight(config.hidden_size, groups * per_group * h, bias=config.output_bias)
+        self.o = Linear(config.hidden_size, groups * per_group * h, bias=config.output_bias)
 
     def forward(self, x_TD: Tensor, rotary: Rotary, context: ForwardContext) -> Tensor:
         config = self.config
@@ -71,7 +87,7 @@ class Attention(nn.Module):
             q = rms_norm(q, self.q_norm.weight, config.norm_eps)
             k = rms_norm(k, self.k_norm.weight, config.norm_eps)
         out = context.attention.attend(self.layer, rotate(q, *rotary), rotate(k, *rotary), v, config.window(self.layer))
-        y_TD = x_TD + context.shard.leave(F.linear(out.flatten(1), self.o.weight))
+        y_TD = x_TD + context.shard.leave(self.o.project(out.flatten(1)))
         # The bias is whole on every rank, so it comes after the ranks are summed.
         return y_TD if self.o.bias is None else y_TD + self.o.bias
 
@@ -83,8 +99,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.eps = config.norm_eps
         self.norm = Weight(config.hidden_size)
-        self.w13 = Weight(2 * columns, config.hidden_size)
-        self.w2 = Weight(config.hidden_size, columns)
+        self.w13 = Linear(2 * columns, config.hidden_size)
+        self.w2 = Linear(config.hidden_size, columns)
 
     def forward(self, x_TD: Tensor, rotary: Rotary, context: ForwardContext) -> Tensor:
         u_TD = context.shard.enter(rms_norm(x_TD, self.norm.weight, self.eps))
@@ -98,8 +114,17 @@ class Experts(nn.Module):
         super().__init__()
         self.w13 = nn.Parameter(torch.empty(experts, 2 * columns, hidden_size))
         self.w2 = nn.Parameter(torch.empty(experts, hidden_size, columns))
+        self.prepared: PreparedExperts | None = None
+
+    def prepare(self, deterministic: bool) -> None:
+        """Keep the weights as inference on a CPU wants them, and only so; on other devices they stay."""
+        if self.w13.device.type == "cpu":
+            self.prepared = PreparedExperts(self.w13.detach(), self.w2.detach(), deterministic)
+            del self.w13, self.w2
 
     def forward(self, x_RD: Tensor, offsets_e: Tensor) -> Tensor:
+        if self.prepared is not None:
+            return self.prepared(x_RD, offsets_e)
         return expert_mlp(x_RD, self.w13, self.w2, offsets_e)
 
 

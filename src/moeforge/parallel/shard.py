@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeforge.kernels import linear_cross_entropy, rms_norm
+from moeforge.kernels import Weight, linear, linear_cross_entropy, rms_norm
 from moeforge.kernels.precision import widen
 from moeforge.parallel.autograd import GatherRows, GatherSame, ScatterSum, SumOver
 from moeforge.parallel.cross_entropy import vocab_parallel_cross_entropy
@@ -56,13 +56,13 @@ class TensorParallelShard:
         mine = (tokens_T >= begin) & (tokens_T < end)
         return self.leave(F.embedding((tokens_T - begin).where(mine, 0), weight_VD) * mine[:, None])
 
-    def logits(self, x_tD: Tensor, weight_VD: Tensor) -> Tensor:
+    def logits(self, x_tD: Tensor, weight_VD: Weight) -> Tensor:
         """Full logits [T, V], without a gradient where there are many ranks: training uses `cross_entropy`."""
         if self.tp.size == 1:
-            return F.linear(x_tD, weight_VD)
+            return linear(x_tD, weight_VD)
         with torch.no_grad():
             widest = max(end - begin for begin, end in self.all_rows_V)
-            own = F.linear(self.enter(x_tD), weight_VD)
+            own = linear(self.enter(x_tD), weight_VD)
             parts = self.tp.all_gather(F.pad(own, (0, widest - own.shape[1]))[None])
             return torch.cat(
                 [part[:, : end - begin] for part, (begin, end) in zip(parts, self.all_rows_V, strict=True)], 1

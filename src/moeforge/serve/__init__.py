@@ -2,6 +2,6 @@
 
 from moeforge.serve.llm import LLM
 from moeforge.serve.outputs import CompletionOutput, RequestOutput
-from moeforge.serve.sampling import SamplingParams
+from moeforge.serve.sampling_params import SamplingParams
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]

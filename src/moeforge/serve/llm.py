@@ -4,68 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jinja2
-
-from moeforge.checkpoint import open_checkpoint
-from moeforge.checkpoint.inference import load_for_inference
+from moeforge.config.serving import EngineConfig
 from moeforge.errors import UserError
-from moeforge.serve.batch import StaticBatch
+from moeforge.serve.engine import Engine
 from moeforge.serve.outputs import RequestOutput
+from moeforge.serve.prompt import Message, encode, render_chat
 from moeforge.serve.request import Request
-from moeforge.serve.sampling import SamplingParams
+from moeforge.serve.sampling_params import SamplingParams
 
 Prompt = str | list[int]
-Message = dict[str, Any]
 Progress = Callable[[list[RequestOutput]], None]
-
-
-class _Encoded(NamedTuple):
-    text: str | None
-    ids: list[int]
 
 
 class LLM:
     """A loaded model, in the manner of vLLM's class of this name.
 
-    model          directory, GGUF file, hub id or preset
-    dtype          auto (as stored; bf16 for GGUF), bf16, fp32 or fp64
-    device         auto (a GPU if there is one) or a torch device
-    max_model_len  most positions of prompt and continuation together; None: what the model was made for
+    `model`: directory, GGUF file, hub id or preset. `settings` are those of `EngineConfig`: dtype, device,
+    tensor_parallel_size, max_model_len, max_num_seqs, enable_prefix_caching, ... Used by one thread at a time.
 
-    Raises UserError for a model that cannot be loaded or a length beyond its positions.
+    Raises UserError for a model that cannot be loaded or does not fit, and for settings that do not go with it.
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        dtype: str = "auto",
-        device: str = "auto",
-        max_model_len: int | None = None,
-    ) -> None:
-        checkpoint = open_checkpoint(model)
-        self.config = checkpoint.config
-        positions = self.config.max_positions
-        self.max_model_len = positions if max_model_len is None else max_model_len
-        if not 1 <= self.max_model_len <= positions:
-            raise UserError(f"max_model_len = {max_model_len}: must be between 1 and the model's {positions}")
-        self._tokenizer: Any | None = None
-        self._no_tokenizer: UserError | None = None
+    def __init__(self, model: str | Path, **settings: Any) -> None:
         try:
-            self._tokenizer = checkpoint.tokenizer()
-        except UserError as error:  # token ids can be continued without one
-            self._no_tokenizer = error
-        self.model = load_for_inference(checkpoint, dtype, device)
-        self._ends = set(self.config.eos_token_ids)
-        if self._tokenizer is not None and self._tokenizer.eos_token_id is not None:
-            self._ends.add(self._tokenizer.eos_token_id)
+            config = EngineConfig(**settings)
+        except TypeError as error:
+            raise UserError(f"LLM: {str(error).rpartition('() ')[2]}; settings are those of EngineConfig") from error
+        self.engine = Engine(config, model)
+
+    @property
+    def max_model_len(self) -> int:
+        """Most positions of prompt and continuation together."""
+        return self.engine.max_model_len
 
     def get_tokenizer(self) -> Any:
         """The model's tokenizer, transformers'. Raises UserError if it came without one."""
-        if self._no_tokenizer is not None:
-            raise self._no_tokenizer
-        return self._tokenizer
+        return self.engine.get_tokenizer()
 
     def generate(
         self,
@@ -73,14 +49,14 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_step: Progress | None = None,
     ) -> list[RequestOutput]:
-        """Continue texts or token ids, all in one batch; outputs in the prompts' order.
+        """Continue texts or token ids, batched as places and pages allow; outputs in the prompts' order.
 
         One SamplingParams for all, or one a prompt. `on_step` sees all requests after each step.
         Raises UserError for a prompt that is empty, too long or outside the vocabulary.
         """
         one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         listed: list[Any] = [prompts] if one else list(prompts)
-        encoded = [self._encode(p) if isinstance(p, str) else _Encoded(None, list(p)) for p in listed]
+        encoded = [(p, encode(self.get_tokenizer(), p)) if isinstance(p, str) else (None, list(p)) for p in listed]
         return self._run(encoded, sampling_params, on_step)
 
     def chat(
@@ -93,27 +69,20 @@ class LLM:
 
         Raises UserError where the tokenizer has no chat template or its template refuses the conversation.
         """
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
+        tokenizer = self.get_tokenizer()
+        texts = [render_chat(tokenizer, conversation) for conversation in conversations]
         # The template writes the special tokens itself.
-        encoded = [self._encode(self._render(chat), add_special_tokens=False) for chat in conversations]
+        encoded = [(text, encode(tokenizer, text, add_special_tokens=False)) for text in texts]
         return self._run(encoded, sampling_params, on_step)
 
-    def _encode(self, text: str, add_special_tokens: bool = True) -> _Encoded:
-        ids = self.get_tokenizer()(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-        return _Encoded(text, list(ids))
-
-    def _render(self, conversation: Any) -> str:
-        tokenizer = self.get_tokenizer()
-        if not tokenizer.chat_template:
-            raise UserError("chat: the model's tokenizer has no chat template; give a plain prompt instead")
-        try:
-            return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise UserError(f"chat: the chat template refuses the conversation ({error})") from error
+    def close(self) -> None:
+        """End the other ranks' processes, if there are any."""
+        self.engine.close()
 
     def _run(
         self,
-        prompts: list[_Encoded],
+        prompts: Sequence[tuple[str | None, list[int]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         on_step: Progress | None,
     ) -> list[RequestOutput]:
@@ -123,32 +92,36 @@ class LLM:
             params = list(sampling_params)
         if len(params) != len(prompts):
             raise UserError(f"sampling_params: {len(params)} for {len(prompts)} prompts; give one, or one each")
-        requests = [self._request(i, prompt, params[i]) for i, prompt in enumerate(prompts)]
-        if requests:
-            batch = StaticBatch(self.model, requests)
-            while batch.running:
-                batch.step()
-                if on_step is not None:
-                    on_step([request.output() for request in requests])
-        return [request.output() for request in requests]
+        groups = [self._requests(i, *prompt, params[i]) for i, prompt in enumerate(prompts)]
+        waiting = [request for group in groups for request in group]
+        try:
+            self._work_off(waiting, lambda: on_step and on_step(_outputs(prompts, groups)))
+        except BaseException:
+            for index in range(len(groups)):
+                self.engine.abort(str(index))
+            raise
+        return _outputs(prompts, groups)
 
-    def _request(self, index: int, prompt: _Encoded, params: SamplingParams) -> Request:
-        ids, limit, vocab_size = prompt.ids, self.max_model_len, self.config.vocab_size
-        if not ids:
-            raise UserError(f"prompt {index}: is empty (no tokens)")
-        if len(ids) >= limit:
-            raise UserError(
-                f"prompt {index}: has {len(ids)} tokens; max_model_len = {limit} allows at most {limit - 1}"
-            )
-        if not all(0 <= token < vocab_size for token in ids):
-            raise UserError(f"prompt {index}: token ids must be between 0 and {vocab_size - 1}")
-        if params.stop and self._tokenizer is None:
-            self.get_tokenizer()
-        return Request(
-            prompt=prompt.text,
-            prompt_token_ids=ids,
-            params=params,
-            room=min(params.max_tokens, limit - len(ids)),
-            ends=frozenset(params.stop_token_ids).union(() if params.ignore_eos else self._ends),
-            tokenizer=self._tokenizer,
-        )
+    def _requests(self, index: int, prompt: str | None, ids: list[int], params: SamplingParams) -> list[Request]:
+        try:
+            return self.engine.requests(str(index), prompt, ids, params)
+        except UserError as error:
+            raise UserError(f"prompt {index}: {str(error).removeprefix('prompt: ')}") from error
+
+    def _work_off(self, requests: Sequence[Request], after_step: Callable[[], object]) -> None:
+        """Everything at once, however many: the bound on waiting requests is for those who can come again."""
+        pending = list(reversed(requests))
+        while pending or self.engine.has_work:
+            while pending and self.engine.has_room:
+                self.engine.add(pending.pop())
+            self.engine.step()
+            after_step()
+
+
+def _outputs(
+    prompts: Sequence[tuple[str | None, list[int]]], groups: Sequence[Sequence[Request]]
+) -> list[RequestOutput]:
+    return [
+        RequestOutput(text, ids, [request.output() for request in group])
+        for (text, ids), group in zip(prompts, groups, strict=True)
+    ]

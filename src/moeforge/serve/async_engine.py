@@ -1,0 +1,262 @@
+"""The engine in a thread of its own, for servers that run in an asyncio loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter, deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from moeforge.errors import RunError, UserError
+from moeforge.serve.engine import Engine
+from moeforge.serve.outputs import CompletionDelta
+from moeforge.serve.request import Request
+from moeforge.serve.sampling_params import SamplingParams
+
+RETRY_AFTER_SECONDS = 1
+
+
+class QueueFull(RunError):
+    """As many requests wait as may. Worth trying again after `retry_after_seconds`."""
+
+    def __init__(self, waiting: int) -> None:
+        super().__init__(f"{waiting} requests are waiting already; try again later")
+        self.retry_after_seconds = RETRY_AFTER_SECONDS
+
+
+class EngineDead(RunError):
+    """The engine failed, or is being shut down."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What the engine does now, and what it has done since it started (tokens, requests and preemptions).
+
+    `prefix_queries` and `prefix_hits` count prompt tokens that were looked up and found.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    requests_by_finish_reason: dict[str, int] = field(default_factory=dict)
+
+
+class Stream:
+    """What comes of one prompt: lists of deltas, one list a step, until all continuations have ended.
+
+    Raises EngineDead where the engine dies before. Used in the loop that submitted it.
+    """
+
+    def __init__(self, engine: AsyncEngine, request_id: str, count: int) -> None:
+        self._engine, self._request_id = engine, request_id
+        self._open = self.unfinished = count
+        self._queue: asyncio.Queue[list[CompletionDelta] | EngineDead] = asyncio.Queue()
+
+    def put(self, item: list[CompletionDelta] | EngineDead) -> None:
+        """Called by the engine, in the loop."""
+        if not isinstance(item, EngineDead):
+            self.unfinished -= sum(delta.finish_reason is not None for delta in item)
+        self._queue.put_nowait(item)
+
+    async def __aiter__(self) -> AsyncIterator[list[CompletionDelta]]:
+        while self._open:
+            item = await self._queue.get()
+            if isinstance(item, EngineDead):
+                raise item
+            self._open -= sum(delta.finish_reason is not None for delta in item)
+            yield item
+
+    def abort(self) -> None:
+        """End what still runs; the pages are free with the next step. Nothing where all has ended."""
+        if self._open:
+            self._engine.abort(self._request_id)
+
+
+class AsyncEngine:
+    """Steps an `Engine` in a thread as long as there is work, and hands on what comes of it.
+
+    `submit`, `abort` and `shutdown` are called in the loop that called `start`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.stats = EngineStats()
+        self.failed: str | None = None
+        self._news = threading.Condition()
+        self._inbox: deque[Request] = deque()
+        self._aborts: deque[str] = deque()
+        self._waiting = 0  # in the scheduler, as of the last step
+        self._free_places = engine.settings.max_num_seqs
+        self._draining = self._stopped = False
+        self._streams: dict[str, Stream] = {}
+        self._prompt_tokens = self._generation_tokens = 0
+        self._finished: Counter[str] = Counter()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work for the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._thread.start()
+
+    async def submit(
+        self,
+        request_id: str,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        cache_salt: bytes = b"",
+    ) -> Stream:
+        """Let a prompt be continued. `request_id` must be unused.
+
+        Raises UserError for what cannot be served, QueueFull, and EngineDead where nothing more is taken.
+        """
+        self._require_room(params.n)
+        # In another thread: a grammar may take its time.
+        requests = await asyncio.to_thread(
+            self.engine.requests, request_id, prompt, prompt_token_ids, params, cache_salt
+        )
+        self._require_room(params.n)
+        if request_id in self._streams:
+            raise UserError(f"request_id = {request_id!r}: must be unused; this one is still being served")
+        with self._news:
+            stream = self._streams[request_id] = Stream(self, request_id, len(requests))
+            self._idle.clear()
+            self._inbox.extend(requests)
+            self._news.notify()
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its stream gets no more."""
+        self._forget(request_id)
+        with self._news:
+            self._aborts.append(request_id)
+            self._news.notify()
+
+    async def shutdown(self) -> None:
+        """Take nothing more, finish what was taken, and end the thread and all processes."""
+        self._draining = True
+        if self._thread.is_alive():
+            await self._idle.wait()
+        with self._news:
+            self._stopped = True
+            self._news.notify()
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self.engine.close)
+
+    def fail(self, message: str) -> None:
+        """The engine is lost: every stream is told so. Called in any thread."""
+        with self._news:
+            if self.failed is not None:
+                return
+            self.failed = message
+            self._news.notify()
+        self._loop.call_soon_threadsafe(self._end_streams, message)
+
+    def _require_room(self, requests: int) -> None:
+        if self.failed is not None:
+            raise EngineDead(self.failed)
+        if self._draining:
+            raise EngineDead("the server is shutting down")
+        with self._news:
+            waiting = self._waiting + len(self._inbox)
+            # Places are free only as long as nobody waits for one.
+            room = self.engine.settings.max_waiting + (0 if self._waiting else self._free_places)
+        if waiting + requests > room:
+            raise QueueFull(waiting)
+
+    # In the engine's thread.
+
+    def _run(self) -> None:
+        while True:
+            with self._news:
+                self._news.wait_for(
+                    lambda: self._inbox or self._aborts or self._stopped or self.failed or self.engine.has_work
+                )
+                if self._stopped or self.failed is not None:
+                    return
+                self._take_in()
+            try:
+                ran = self.engine.step()
+            except Exception as error:
+                self.fail(f"{type(error).__name__}: {error}" if not isinstance(error, RunError) else str(error))
+                return
+            self._hand_out(ran)
+
+    def _take_in(self) -> None:
+        for request_id in self._aborts:
+            self._finished["abort"] += len(self.engine.abort(request_id))
+        aborted = set(self._aborts)
+        self._aborts.clear()
+        while self._inbox:
+            request = self._inbox.popleft()
+            if request.request_id in aborted:
+                self._finished["abort"] += 1
+                continue
+            try:
+                self.engine.add(request)
+                self._prompt_tokens += len(request.prompt_token_ids)
+            except Exception as error:  # what `submit` should have found
+                self._loop.call_soon_threadsafe(self._refuse, request.request_id, str(error))
+        self._waiting = self.engine.scheduler.num_waiting
+
+    def _hand_out(self, ran: list[Request]) -> None:
+        deltas: dict[str, list[CompletionDelta]] = {}
+        for request in ran:
+            delta = request.take_delta()
+            deltas.setdefault(request.request_id, []).append(delta)
+            self._generation_tokens += len(delta.sampled)
+            if delta.finish_reason is not None:
+                self._finished[delta.finish_reason] += 1
+        scheduler = self.engine.scheduler
+        with self._news:
+            self._waiting = scheduler.num_waiting
+            self._free_places = max(self.engine.settings.max_num_seqs - scheduler.num_running, 0)
+        stats = EngineStats(
+            scheduler.num_running,
+            scheduler.num_waiting,
+            scheduler.kv_cache_usage,
+            self._prompt_tokens,
+            self._generation_tokens,
+            scheduler.preemptions,
+            scheduler.prefix_queries_tokens,
+            scheduler.prefix_hits_tokens,
+            dict(self._finished),
+        )
+        self._loop.call_soon_threadsafe(self._deliver, deltas, stats)
+
+    # In the loop.
+
+    def _deliver(self, deltas: dict[str, list[CompletionDelta]], stats: EngineStats) -> None:
+        self.stats = stats
+        for request_id, new in deltas.items():
+            stream = self._streams.get(request_id)
+            if stream is not None:
+                stream.put(new)
+                if not stream.unfinished:
+                    self._forget(request_id)
+
+    def _refuse(self, request_id: str, message: str) -> None:
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.put(EngineDead(message))
+            self._forget(request_id)
+
+    def _end_streams(self, message: str) -> None:
+        for stream in self._streams.values():
+            stream.put(EngineDead(message))
+        self._streams.clear()
+        self._idle.set()
+
+    def _forget(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+        if not self._streams:
+            self._idle.set()

@@ -1,0 +1,98 @@
+"""What an engine is made of: the opened model, its layout, and the runner of one rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moeforge.checkpoint import Checkpoint, open_checkpoint
+from moeforge.checkpoint.configured import configured_model
+from moeforge.checkpoint.inference import named_dtype, pick_dtype
+from moeforge.config.model import ModelConfig
+from moeforge.config.serving import EngineConfig
+from moeforge.errors import UserError
+from moeforge.layout import Layout
+from moeforge.layout.serving import serving_layout
+from moeforge.serve.dispatcher import ServingDispatcher
+from moeforge.serve.kv_cache import KVCache
+from moeforge.serve.load import check_serving_layout, dummy_rank, load_rank
+from moeforge.serve.memory import block_count, require_memory
+from moeforge.serve.ranks import Rank
+from moeforge.serve.runner import Runner
+from moeforge.serve.shard import ServingShard
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model that nothing of has been loaded yet but the tokenizer (None where it was not wanted or is missing, and
+    `no_tokenizer` says why). `checkpoint` is None for dummy weights."""
+
+    config: ModelConfig
+    checkpoint: Checkpoint | None
+    tokenizer: Any | None
+    no_tokenizer: str | None
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end a text."""
+        ends = set(self.config.eos_token_ids)
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            ends.add(self.tokenizer.eos_token_id)
+        return frozenset(ends)
+
+
+def open_model(settings: EngineConfig, model: str) -> OpenedModel:
+    """Raises UserError for what is no model."""
+    checkpoint = open_checkpoint(model) if settings.load_format == "auto" else None
+    config = configured_model(model) if checkpoint is None else checkpoint.config
+    if checkpoint is None or settings.skip_tokenizer_init:
+        return OpenedModel(config, checkpoint, None, "no tokenizer was loaded; give token ids")
+    try:
+        return OpenedModel(config, checkpoint, checkpoint.tokenizer(), None)
+    except UserError as error:  # token ids can be continued without one
+        return OpenedModel(config, checkpoint, None, str(error))
+
+
+def layout_of(settings: EngineConfig, config: ModelConfig) -> Layout:
+    """The plan's layout, or shards after `gpu_split`. Raises UserError for a plan of another model or of training."""
+    if settings.plan is None:
+        return serving_layout(config, settings.tensor_parallel_size, settings.gpu_split)
+    if settings.gpu_split is not None:
+        raise UserError("gpu_split with plan: the plan says how the ranks share the model; give one of both")
+    layout = Layout.read(settings.plan)
+    if settings.tensor_parallel_size not in (1, layout.world_size):
+        raise UserError(
+            f"tensor_parallel_size = {settings.tensor_parallel_size}: the plan is for {layout.world_size} ranks"
+        )
+    check_serving_layout(layout, config)
+    return layout
+
+
+def length_limit(settings: EngineConfig, config: ModelConfig) -> int:
+    """Most positions of a sequence. Raises UserError for more than the model has."""
+    positions = config.max_positions
+    wanted = settings.max_model_len or positions
+    if wanted > positions:
+        raise UserError(f"max_model_len = {wanted}: must be between 1 and the model's {positions}")
+    return wanted
+
+
+def make_runner(settings: EngineConfig, model: str, layout: Layout, rank: Rank) -> Runner:
+    """Loads what a rank holds. Raises UserError where it does not fit."""
+    checkpoint = open_checkpoint(model) if settings.load_format == "auto" else None
+    config = configured_model(model) if checkpoint is None else checkpoint.config
+    dtype = named_dtype(settings.dtype) if checkpoint is None else pick_dtype(settings.dtype, checkpoint)
+    require_memory(config, layout, rank.index, dtype, rank.device)
+    if checkpoint is None:
+        loaded = dummy_rank(config, layout, rank.index, dtype, rank.device)
+    else:
+        loaded = load_rank(checkpoint, layout, rank.index, dtype, rank.device)
+    loaded.prepare(settings.deterministic)
+    limit = length_limit(settings, config)
+    blocks = rank.least(block_count(settings, config, layout, rank.index, dtype, rank.device, limit))
+    groups = [end - begin for begin, end in layout.ranks[rank.index].kv_groups]
+    fp8 = settings.kv_cache_dtype == "fp8"
+    cache = KVCache(groups, config.head_dim, blocks, settings.block_size, dtype, fp8, rank.device)
+    shard = ServingShard(rank.group, layout, settings.deterministic)
+    dispatcher = ServingDispatcher(shard, layout.expert_ranks[rank.index], settings.deterministic)
+    return Runner(loaded, cache, shard, dispatcher, settings.deterministic)

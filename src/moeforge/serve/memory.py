@@ -1,0 +1,80 @@
+"""How many pages a rank has room for."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from moeforge.config.model import ModelConfig
+from moeforge.config.serving import EngineConfig
+from moeforge.errors import UserError
+from moeforge.layout import Layout
+from moeforge.parallel.parameters import parameter_parts
+from moeforge.serve.kv_cache import bytes_per_block
+
+CPU_KV_BYTES = 4 << 30
+ACTIVATION_BYTES = 1 << 30
+"""Kept free on a GPU for activations, logits and workspaces of a step."""
+
+
+def weight_bytes(config: ModelConfig, layout: Layout, rank: int, dtype: torch.dtype) -> int:
+    """Bytes of the weights that a rank holds."""
+    return sum(part.numel for part in parameter_parts(config, layout, 0, rank, rank).values()) * dtype.itemsize
+
+
+def require_memory(config: ModelConfig, layout: Layout, rank: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises UserError, before anything is loaded, if a rank's weights do not fit into what is free."""
+    needed, free = weight_bytes(config, layout, rank, dtype), free_bytes(device)
+    free //= layout.tp if device.type == "cpu" else 1
+    if needed > free:
+        raise UserError(
+            f"the model's weights need {needed / 1e9:.2f} GB on rank {rank} of {layout.tp} in "
+            f"{str(dtype).removeprefix('torch.')}, and {free / 1e9:.2f} GB are free there; more ranks "
+            "(tensor_parallel_size), a narrower dtype or a smaller model fit: `moeforge plan serve` shows which"
+        )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that a process may still take on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(found.split()[1]) * 1024
+
+
+def block_count(
+    settings: EngineConfig,
+    config: ModelConfig,
+    layout: Layout,
+    rank: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+) -> int:
+    """Pages for which a rank that holds its weights has memory, and no more than all sequences at their longest take.
+
+    Raises UserError if not even one sequence of `max_model_len` fits.
+    """
+    groups = [end - begin for begin, end in layout.ranks[rank].kv_groups]
+    block = bytes_per_block(config, groups, settings, dtype)
+    longest = -(-max_model_len // settings.block_size)
+    most = settings.max_num_seqs * longest
+    if not block:  # this rank holds no keys at all
+        return most
+    memory = settings.kv_cache_memory_bytes
+    if memory is None and device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        memory = free - math.ceil(total * (1 - settings.gpu_memory_utilization)) - ACTIVATION_BYTES
+    elif memory is None:
+        memory = min(CPU_KV_BYTES, free_bytes(device) // 2) // layout.tp
+    count = max(memory, 0) // block - 1  # one page more is made, for padding
+    if count < longest:
+        fits = max(count, 0) * settings.block_size
+        raise UserError(
+            f"max_model_len = {max_model_len}: the KV cache of rank {rank} has room for {fits} tokens "
+            f"({max(memory, 0) / 1e9:.2f} GB at {block / settings.block_size:.0f} bytes a token); take at most "
+            f"{fits}, give it more memory (kv_cache_memory_bytes, gpu_memory_utilization) or kv_cache_dtype = fp8"
+        )
+    return min(count, most)

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server. Needs the extra: pip install 'moeforge[serve]'."""

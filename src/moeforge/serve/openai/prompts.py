@@ -1,0 +1,110 @@
+"""Texts and conversations as token ids, off the event loop where that takes long."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
+
+from moeforge.serve.openai.errors import ApiError, bad_request, shown
+
+_ON_LOOP = 4096  # characters that are tokenised in place: a millisecond or two, less than a thread is worth
+T = TypeVar("T")
+
+
+class Prompt(NamedTuple):
+    """A prompt as the engine takes it."""
+
+    text: str | None
+    ids: list[int]
+
+
+class Prompts:
+    """Makes prompts for a context of `max_model_len` positions. `tokenizer`: transformers', if there is one."""
+
+    def __init__(self, tokenizer: Any | None, max_model_len: int) -> None:
+        self._tokenizer, self.max_model_len = tokenizer, max_model_len
+        # One thread: long prompts wait for each other, never short ones or running streams for them.
+        self._thread = ThreadPoolExecutor(1, "tokenizer")
+
+    async def completion(self, given: str | list[int], add_special_tokens: bool, room: int | None) -> Prompt:
+        """A text or token ids, which must leave `room` positions (None: one). Raises ApiError (400)."""
+        if isinstance(given, str):
+            text = given
+            ids = await self._run(len(text), lambda: self._encode(text, add_special_tokens))
+            return self._checked(Prompt(text, ids), "prompt", room)
+        return self._checked(Prompt(None, given), "prompt", room)
+
+    async def chat(self, conversation: list[dict[str, str]], options: dict[str, Any], room: int | None) -> Prompt:
+        """A conversation through the checkpoint's own template, with its `options`. Raises ApiError (400)."""
+        taken = _template_arguments()
+        for name in options:
+            if name in taken:
+                raise bad_request(f"chat_template_kwargs: {name} is not for requests to set", "chat_template_kwargs")
+
+        def make() -> Prompt:
+            text = self._render(conversation, options)
+            return Prompt(text, self._encode(text, False))  # the template writes the special tokens itself
+
+        length = sum(len(turn["content"]) for turn in conversation) + 64 * len(conversation)
+        return self._checked(await self._run(length, make), "messages", room)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, characters: int, make: Callable[[], T]) -> T:
+        if characters <= _ON_LOOP:
+            await asyncio.sleep(0)  # a list of many short prompts leaves gaps for running streams
+            return make()
+        return await asyncio.get_running_loop().run_in_executor(self._thread, make)
+
+    def _needed(self) -> Any:
+        if self._tokenizer is None:
+            raise bad_request(
+                "prompt: the server runs without a tokenizer; give token ids to /v1/completions", "prompt"
+            )
+        return self._tokenizer
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        encoded = self._needed()(text, add_special_tokens=add_special_tokens, verbose=False)
+        return list(encoded["input_ids"])
+
+    def _render(self, conversation: list[dict[str, str]], options: dict[str, Any]) -> str:
+        tokenizer = self._needed()
+        if not tokenizer.chat_template:
+            raise bad_request("messages: the model has no chat template; use /v1/completions", "messages")
+        try:
+            # transformers renders in jinja2's immutable sandbox.
+            return str(
+                tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **options)
+            )
+        except Exception as error:  # a template is a program: any error in it is its way to refuse
+            message = shown(f"messages: the model's chat template refuses them ({error})", 300)
+            raise bad_request(message, "messages") from error
+
+    def _checked(self, prompt: Prompt, param: str, room: int | None) -> Prompt:
+        count, limit = len(prompt.ids), self.max_model_len
+        if count >= limit:
+            raise self._too_long(f"{param}: has {count} tokens", param, limit - 1)
+        if room is not None and count + room > limit:
+            raise self._too_long(f"max_tokens = {room}: the prompt has {count} tokens", "max_tokens", limit - count)
+        return prompt
+
+    def _too_long(self, what: str, param: str, allowed: int) -> ApiError:
+        message = f"{what}; with a context of {self.max_model_len} tokens at most {allowed} are possible"
+        return bad_request(message, param, "context_length_exceeded")
+
+
+@cache
+def _template_arguments() -> frozenset[str]:
+    """What `apply_chat_template` and the renderer below it take themselves, so that no request may name it."""
+    from transformers import PreTrainedTokenizerBase
+    from transformers.utils import chat_template_utils
+
+    functions = (PreTrainedTokenizerBase.apply_chat_template, chat_template_utils.render_jinja_template)
+    names = {name for function in functions for name in inspect.signature(function).parameters}
+    return frozenset(names | {"messages", "raise_exception", "strftime_now"})

@@ -1,0 +1,192 @@
+"""Attention of one step over pages (the model's seam 2).
+
+Legend: T tokens, H local heads, G local KV groups, h head dimension, B sequences, P pages, S positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeforge.serve.kv_cache import KVCache
+from moeforge.serve.step import SequenceStep, StepBatch
+
+
+@dataclass
+class _Decode:
+    """Sequences with one new token each: rows begin to end - 1 of the step; `table_BP` their pages, filled up."""
+
+    begin: int
+    end: int
+    table_BP: Tensor
+    length_B: Tensor
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _Chunk:
+    """A sequence with many new tokens, the first at row `row`."""
+
+    row: int
+    step: SequenceStep
+    blocks_P: Tensor
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+
+class PagedAttention:
+    """Writes a step's keys and values into the pages and attends over them.
+
+    `batch` has sequences of one token first, the shorter ones before the longer ones (`in_attention_order`): those of
+    similar length are computed together. The query heads of a group become query positions of its one key head, so no
+    key is repeated.
+    """
+
+    def __init__(self, cache: KVCache, batch: StepBatch) -> None:
+        self.cache = cache
+        device = cache.device
+        self.slots_T = torch.tensor(slots(batch, cache.block_size), dtype=torch.int64, device=device)
+        self.decodes: list[_Decode] = []
+        self.chunks: list[_Chunk] = []
+        row = 0
+        for span in _similar(batch.sequences):
+            widest = len(span[-1].block_ids)
+            table = [[*s.block_ids, *[s.block_ids[-1]] * (widest - len(s.block_ids))] for s in span]
+            self.decodes.append(
+                _Decode(
+                    row,
+                    row + len(span),
+                    torch.tensor(table, dtype=torch.int64, device=device),
+                    torch.tensor([s.end for s in span], dtype=torch.int64, device=device),
+                )
+            )
+            row += len(span)
+        for step in batch.sequences[row:]:
+            self.chunks.append(_Chunk(row, step, torch.tensor(step.block_ids, dtype=torch.int64, device=device)))
+            row += len(step.tokens)
+
+    def attend(self, layer: int, q_THh: Tensor, k_TGh: Tensor, v_TGh: Tensor, window: int | None) -> Tensor:
+        """Softmax attention output [T, H, h]."""
+        groups = k_TGh.shape[1]
+        if not groups:  # nothing of this layer is here: the other ranks hold it
+            return q_THh
+        self.cache.write(layer, self.slots_T, k_TGh, v_TGh)
+        parts = [self._decode(d, layer, q_THh[d.begin : d.end], groups, window) for d in self.decodes]
+        for chunk in self.chunks:
+            rows = slice(chunk.row, chunk.row + len(chunk.step.tokens))
+            parts.append(self._chunk(chunk, layer, q_THh[rows], k_TGh[rows], v_TGh[rows], window))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _decode(self, d: _Decode, layer: int, q_BHh: Tensor, groups: int, window: int | None) -> Tensor:
+        rows = d.end - d.begin
+        k, v = (
+            x.view(rows, -1, groups, x.shape[-1]).transpose(1, 2)
+            for x in self.cache.read(layer, d.table_BP.flatten())
+        )
+        q = q_BHh.unflatten(1, (groups, -1))
+        if window not in d.masks:
+            d.masks[window] = decode_mask(d.length_B, k.shape[2], window, q.dtype)
+        mask = d.masks[window].expand(-1, -1, q.shape[2], -1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1, 2)
+
+    def _chunk(self, c: _Chunk, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        count, end = len(c.step.tokens), c.step.end
+        grouped = q.shape[1] != k.shape[1]
+        mask = None
+        if c.step.begin or (window is not None and window < end):
+            if c.step.begin:
+                k, v = (x.flatten(0, 1)[:end] for x in self.cache.read(layer, c.blocks_P))
+            if window not in c.masks:
+                c.masks[window] = chunk_mask(c.step.begin, count, end, window, q)
+            mask = c.masks[window]
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        return out[0].transpose(0, 1)
+
+
+class TiledAttention(PagedAttention):
+    """The same with bits that do not depend on how a sequence was cut into steps, nor on other sequences.
+
+    Queries are computed in tiles of one page's positions, counted from the sequence's beginning, over all pages up to
+    that one, read back from the cache. So the shape of every matmul, and the row in it, follow from a position alone.
+    """
+
+    def __init__(self, cache: KVCache, batch: StepBatch) -> None:
+        self.cache = cache
+        self.slots_T = torch.tensor(slots(batch, cache.block_size), dtype=torch.int64, device=cache.device)
+        self.steps = batch.sequences
+
+    def attend(self, layer: int, q_THh: Tensor, k_TGh: Tensor, v_TGh: Tensor, window: int | None) -> Tensor:
+        groups, size = k_TGh.shape[1], self.cache.block_size
+        if not groups:
+            return q_THh
+        self.cache.write(layer, self.slots_T, k_TGh, v_TGh)
+        out, row = torch.empty_like(q_THh), 0
+        for step in self.steps:
+            blocks = torch.tensor(step.block_ids, dtype=torch.int64, device=q_THh.device)
+            keys, values = (x.flatten(0, 1).transpose(0, 1) for x in self.cache.read(layer, blocks))
+            for first in range(step.begin // size * size, step.end, size):
+                begin, end = max(first, step.begin), min(first + size, step.end)
+                rows = slice(row + begin - step.begin, row + end - step.begin)
+                tile = q_THh.new_zeros(size, *q_THh.shape[1:])
+                tile[begin - first : end - first] = q_THh[rows]
+                q = tile.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+                mask = chunk_mask(first, size, first + size, window, q).repeat(q.shape[1] // size, 1)
+                k, v = keys[:, : first + size], values[:, : first + size]
+                attended = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask)[0]
+                attended = attended.unflatten(1, (-1, size)).permute(2, 0, 1, 3).flatten(1, 2)
+                out[rows] = attended[begin - first : end - first]
+            row += len(step.tokens)
+        return out
+
+
+def in_attention_order(sequences: Sequence[SequenceStep]) -> list[int]:
+    """The order of sequences that `PagedAttention` wants."""
+    return sorted(range(len(sequences)), key=lambda i: (len(sequences[i].tokens) > 1, len(sequences[i].block_ids)))
+
+
+def slots(batch: StepBatch, block_size: int) -> list[int]:
+    """Where each token of the step is stored."""
+    return [
+        s.block_ids[position // block_size] * block_size + position % block_size
+        for s in batch.sequences
+        for position in range(s.begin, s.end)
+    ]
+
+
+def decode_mask(length_B: Tensor, positions: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """What the last of length_B positions sees of `positions`: 0 or -inf, [B, 1, 1, S]."""
+    position_S = torch.arange(positions, device=length_B.device)
+    seen_BS = position_S < length_B[:, None]
+    if window is not None:
+        seen_BS &= position_S >= length_B[:, None] - window
+    return _additive(seen_BS, dtype)[:, None, None]
+
+
+def chunk_mask(begin: int, count: int, end: int, window: int | None, like: Tensor) -> Tensor:
+    """What `count` positions from `begin` on see of `end` positions: 0 or -inf, [count, end]."""
+    query_1 = torch.arange(begin, begin + count, device=like.device)[:, None]
+    key_S = torch.arange(end, device=like.device)
+    seen = key_S <= query_1
+    if window is not None:
+        seen &= key_S > query_1 - window
+    return _additive(seen, like.dtype)
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+
+def _similar(sequences: Sequence[SequenceStep]) -> list[list[SequenceStep]]:
+    """Spans of the sequences of one token: the longest has at most twice the pages of the shortest, and 4 more."""
+    spans: list[list[SequenceStep]] = []
+    for step in sequences:
+        if len(step.tokens) > 1:
+            break
+        if not spans or len(step.block_ids) > 2 * len(spans[-1][0].block_ids) + 4:
+            spans.append([])
+        spans[-1].append(step)
+    return spans

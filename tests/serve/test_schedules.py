@@ -29,7 +29,7 @@ from moeforge.serve.sampling_params import SamplingParams
 from moeforge.serve.scheduler import ScheduledRequest, Scheduler, WaitingQueueFull
 
 Content = tuple[bytes, tuple[int, ...]]
-VOCAB_SIZE = 1 << 20
+VOCAB_SIZE = 997
 ENDS = frozenset(range(0, VOCAB_SIZE, 31))
 
 

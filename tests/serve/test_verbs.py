@@ -22,7 +22,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 def test_generate_prints_what_the_library_returns(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
     model = saved("mixtral")
-    expected = LLM(model).generate("Hello", SamplingParams(temperature=0.9, seed=4, top_k=20, max_tokens=7))[0].outputs[0]
+    params = SamplingParams(temperature=0.9, seed=4, top_k=20, max_tokens=7)
+    expected = LLM(model).generate("Hello", params)[0].outputs[0]
     options = ("--temperature", 0.9, "--seed", 4, "--top-k", 20, "--max-tokens", 7)
     code, out, _ = run(capsys, "generate", model, "--prompt", "Hello", *options, "--json")
     result = json.loads(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from moeforge.serve.openai.settings import ServerSettings
 
 EXTRA = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
-_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
 def command(
@@ -126,15 +126,10 @@ def require_extra() -> None:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of "1000", "4GiB", "4GB", "500M": units are powers of 1024, but of 1000 where they end in B alone."""
-    number = text.strip().rstrip("KkMmGgTtIiBb")
-    unit = text.strip()[len(number) :].upper()
-    try:
-        value, prefix = float(number), unit.removesuffix("B").removesuffix("I")
-        scale = 1000 ** (_UNITS[prefix] // 10) if unit == f"{prefix}B" else 2 ** _UNITS[prefix]
-        count = int(value * scale)
-    except (ValueError, KeyError, OverflowError):
-        count = 0
+    """Bytes of "1000", "4GiB", "500M", "4GB": units are powers of 1024, but of 1000 where only a B follows."""
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?) ?(?:([KMGT])(iB?|B)?|B)?", text.strip(), re.IGNORECASE)
+    power = "_KMGT".index((match[2] or "_").upper()) if match else 0
+    count = int(float(match[1]) * (1000 if (match[3] or "").upper() == "B" else 1024) ** power) if match else 0
     if count < 1:
         raise UserError(f"--kv-cache-memory {text}: must be a number of bytes, like 4GiB, 500MiB or 1000000000")
     return count
@@ -187,7 +182,7 @@ def _serve(
             "load_seconds": round(time.monotonic() - begin, 3),
         }
         human = (
-            f"{settings.model} at {result['url']} (a page to chat; the API below /v1; /metrics)\n"
-            f"KV cache of {result['kv_tokens']:,} tokens, at most {result['max_model_len']:,} a sequence; Ctrl-C stops it"
+            f"{settings.model} at {result['url']}: a page to chat, the API below /v1, /metrics\n"
+            f"KV cache of {engine.kv_cache_tokens:,} tokens, at most {engine.max_model_len:,} a sequence; Ctrl-C stops"
         )
         asyncio.run(server.run(started[0], settings, sock, timeout, lambda: emit(result, json, human)))

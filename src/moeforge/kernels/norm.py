@@ -10,14 +10,19 @@ from torch import Tensor
 from moeforge.kernels.precision import widen
 
 
+def _normalized(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = widen(x)
+    rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+    rstd.div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * rstd).to(x.dtype).mul_(weight), rstd
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = widen(x)
-        rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
-        rstd.div_(x.shape[-1]).add_(eps).rsqrt_()
+        out, rstd = _normalized(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).to(x.dtype).mul_(weight)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -33,4 +38,6 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x [..., D], weight [D] (Zhang & Sennrich 2019)."""
+    if not torch.is_grad_enabled():  # an autograd function costs as much as what it does to a few rows
+        return _normalized(x, weight, eps)[0]
     return _RMSNorm.apply(x, weight, eps)

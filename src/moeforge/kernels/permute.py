@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from moeforge.kernels.precision import widen
 
 _ALIGNMENT_16_BIT = 32
+_FEW = 32
 
 
 def row_alignment(dtype: torch.dtype) -> int:
@@ -41,6 +43,8 @@ def expert_permutation(
     the host never waits. The last expert's group takes all remaining rows.
     """
     tokens, k = experts_TK.shape
+    if experts_TK.device.type == "cpu" and kept_TK is None and 0 < tokens * k <= _FEW:
+        return _few(experts_TK, num_experts, alignment)
     experts_N = experts_TK.reshape(-1)
     if kept_TK is not None:
         experts_N = torch.where(kept_TK.reshape(-1), experts_N, num_experts)
@@ -74,6 +78,25 @@ def expert_permutation(
     return Permutation(source, row_N.view(tokens, k), offsets)
 
 
+def _few(experts_TK: Tensor, num_experts: int, alignment: int) -> Permutation:
+    """`expert_permutation` of a few assignments on the host: a dozen small tensor operations cost more there."""
+    k = experts_TK.shape[1]
+    chosen = experts_TK.flatten().tolist()
+    counts = [0] * num_experts
+    for expert in chosen:
+        counts[expert] += 1
+    ends = list(accumulate(-(-count // alignment) * alignment for count in counts))
+    free = [0, *ends[:-1]]
+    source, rows = [0] * ends[-1], [0] * len(chosen)
+    for n, expert in enumerate(chosen):
+        rows[n] = free[expert]
+        source[free[expert]] = n // k
+        free[expert] += 1
+    return Permutation(
+        torch.tensor(source), torch.tensor(rows).view_as(experts_TK), torch.tensor(ends, dtype=torch.int32)
+    )
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: Tensor, row: Tensor) -> Tensor:
@@ -93,18 +116,24 @@ class _Gather(torch.autograd.Function):
 
 def gather(x_TD: Tensor, permutation: Permutation) -> Tensor:
     """The expert-sorted buffer [R, D] of token rows x_TD."""
+    if not torch.is_grad_enabled():
+        return x_TD.index_select(0, permutation.source_R)
     return _Gather.apply(x_TD, permutation.source_R, permutation.row_TK)
+
+
+def _combined(y: Tensor, weights: Tensor, row: Tensor) -> Tensor:
+    cast = weights.to(y.dtype)
+    out = y.index_select(0, row[:, 0]).mul_(cast[:, :1])
+    for k in range(1, row.shape[1]):
+        out.addcmul_(y.index_select(0, row[:, k]), cast[:, k : k + 1])
+    return out
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, weights: Tensor, row: Tensor) -> Tensor:
         ctx.save_for_backward(y, weights, row)
-        cast = weights.to(y.dtype)
-        out = y.index_select(0, row[:, 0]).mul_(cast[:, :1])
-        for k in range(1, row.shape[1]):
-            out.addcmul_(y.index_select(0, row[:, k]), cast[:, k : k + 1])
-        return out
+        return _combined(y, weights, row)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -125,4 +154,6 @@ def combine(y_RD: Tensor, weights_TK: Tensor, permutation: Permutation) -> Tenso
 
     Weights of dropped assignments must be zero (they all share the last, padding row).
     """
+    if not torch.is_grad_enabled():
+        return _combined(y_RD, weights_TK, permutation.row_TK)
     return _Combine.apply(y_RD, weights_TK, permutation.row_TK)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     half = x.shape[-1] // 2
     a, b = x[..., :half], x[..., half:]
     torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-1)
@@ -20,16 +21,16 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, torch.empty(x.shape, dtype=x.dtype, device=x.device))
+        return _turned(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         grad = grads[0]
         # The cosine and sine may carry a length factor (yarn), so the transpose is the turn by the negative angle.
-        return _turn(grad, cos, -sin, torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)), None, None
+        return _turned(grad, cos, -sin), None, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (i, i + h/2) of the last dimension; x [T, ..., h], cos and sin broadcast to [T, ..., h/2]."""
-    return _Rotate.apply(x, cos, sin)
+    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _turned(x, cos, sin)

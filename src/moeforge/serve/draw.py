@@ -90,8 +90,12 @@ class Draw:
     @staticmethod
     def _race(p_BK: Tensor, candidates: Tensor, keys_B: Tensor, positions_B: Tensor) -> Tensor:
         """The smallest of E_i / p_i with E_i ~ Exp(1) is i with probability p_i, which need not sum to 1."""
-        _, place_B = greatest(p_BK / exponential_noise(keys_B, positions_B, candidates))
-        return candidates.expand_as(p_BK).gather(1, place_B[:, None]).squeeze(1)
+        candidates_BK = candidates.expand_as(p_BK)
+        # On a CPU one row after the other, whose intermediate values stay in its cache: three times as fast.
+        rows = len(p_BK) if p_BK.is_cuda else 1
+        parts = zip(*(x.split(rows) for x in (p_BK, candidates_BK, keys_B, positions_B)), strict=True)
+        places = [greatest(p / exponential_noise(keys, at, tokens))[1] for p, tokens, keys, at in parts]
+        return candidates_BK.gather(1, torch.cat(places)[:, None]).squeeze(1)
 
 
 def keep(

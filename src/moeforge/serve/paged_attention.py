@@ -17,7 +17,7 @@ from moeforge.serve.step import SequenceStep, StepBatch
 
 
 @dataclass
-class _Decode:
+class DecodeRows:
     """Sequences with one new token each: rows begin to end - 1 of the step; `table_BP` their pages, filled up."""
 
     begin: int
@@ -45,18 +45,21 @@ class PagedAttention:
     key is repeated.
     """
 
-    def __init__(self, cache: KVCache, batch: StepBatch) -> None:
-        self.cache = cache
+    def __init__(
+        self, cache: KVCache, slots_T: Tensor, decodes: Sequence[DecodeRows], chunks: Sequence[_Chunk] = ()
+    ) -> None:
+        self.cache, self.slots_T, self.decodes, self.chunks = cache, slots_T, decodes, chunks
+
+    @classmethod
+    def of(cls, cache: KVCache, batch: StepBatch) -> PagedAttention:
+        """That of a step."""
         device = cache.device
-        self.slots_T = torch.tensor(slots(batch, cache.block_size), dtype=torch.int64, device=device)
-        self.decodes: list[_Decode] = []
-        self.chunks: list[_Chunk] = []
-        row = 0
+        decodes, chunks, row = [], [], 0
         for span in _similar(batch.sequences):
             widest = len(span[-1].block_ids)
             table = [[*s.block_ids, *[s.block_ids[-1]] * (widest - len(s.block_ids))] for s in span]
-            self.decodes.append(
-                _Decode(
+            decodes.append(
+                DecodeRows(
                     row,
                     row + len(span),
                     torch.tensor(table, dtype=torch.int64, device=device),
@@ -65,8 +68,10 @@ class PagedAttention:
             )
             row += len(span)
         for step in batch.sequences[row:]:
-            self.chunks.append(_Chunk(row, step, torch.tensor(step.block_ids, dtype=torch.int64, device=device)))
+            chunks.append(_Chunk(row, step, torch.tensor(step.block_ids, dtype=torch.int64, device=device)))
             row += len(step.tokens)
+        slots_T = torch.tensor(slots(batch, cache.block_size), dtype=torch.int64, device=device)
+        return cls(cache, slots_T, decodes, chunks)
 
     def attend(self, layer: int, q_THh: Tensor, k_TGh: Tensor, v_TGh: Tensor, window: int | None) -> Tensor:
         """Softmax attention output [T, H, h]."""
@@ -80,7 +85,7 @@ class PagedAttention:
             parts.append(self._chunk(chunk, layer, q_THh[rows], k_TGh[rows], v_TGh[rows], window))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _decode(self, d: _Decode, layer: int, q_BHh: Tensor, groups: int, window: int | None) -> Tensor:
+    def _decode(self, d: DecodeRows, layer: int, q_BHh: Tensor, groups: int, window: int | None) -> Tensor:
         rows = d.end - d.begin
         k, v = (
             x.view(rows, -1, groups, x.shape[-1]).transpose(1, 2)
@@ -107,8 +112,8 @@ class PagedAttention:
         return out[0].transpose(0, 1)
 
 
-class TiledAttention(PagedAttention):
-    """The same with bits that do not depend on how a sequence was cut into steps, nor on other sequences.
+class TiledAttention:
+    """`PagedAttention` with bits that do not depend on how a sequence was cut into steps, nor on other sequences.
 
     Queries are computed in tiles of one page's positions, counted from the sequence's beginning, over all pages up to
     that one, read back from the cache. So the shape of every matmul, and the row in it, follow from a position alone.
@@ -120,6 +125,7 @@ class TiledAttention(PagedAttention):
         self.steps = batch.sequences
 
     def attend(self, layer: int, q_THh: Tensor, k_TGh: Tensor, v_TGh: Tensor, window: int | None) -> Tensor:
+        """Softmax attention output [T, H, h]."""
         groups, size = k_TGh.shape[1], self.cache.block_size
         if not groups:
             return q_THh

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moeforge.model import Dispatcher, ForwardContext, Shard, Transformer
+from moeforge.serve.graphs import DecodeGraphs
 from moeforge.serve.kv_cache import KVCache
 from moeforge.serve.paged_attention import PagedAttention, TiledAttention
 from moeforge.serve.step import StepBatch
@@ -18,7 +19,9 @@ class Runner:
         self, model: Transformer, cache: KVCache, shard: Shard, dispatcher: Dispatcher, deterministic: bool = False
     ) -> None:
         self.model, self.cache, self.shard, self.dispatcher = model, cache, shard, dispatcher
-        self._attention = TiledAttention if deterministic else PagedAttention
+        self.deterministic = deterministic
+        captured = cache.device.type == "cuda" and not deterministic
+        self._graphs = DecodeGraphs(model, cache, shard, dispatcher) if captured else None
 
     @property
     def num_blocks(self) -> int:
@@ -29,6 +32,8 @@ class Runner:
     def forward(self, batch: StepBatch) -> Tensor:
         """Logits [R, V] of the last token of each of the R sequences that sample, in their order; keys and values of
         all tokens are in the pages afterwards."""
+        if self._graphs is not None and self._graphs.take(batch):
+            return self._graphs.forward(batch)
         tokens = [token for s in batch.sequences for token in s.tokens]
         positions = [position for s in batch.sequences for position in range(s.begin, s.end)]
         rows, row = [], 0
@@ -36,7 +41,8 @@ class Runner:
             row += len(s.tokens)
             if s.samples:
                 rows.append(row - 1)
-        context = ForwardContext(self._attention(self.cache, batch), self.dispatcher, self.shard)
+        attention = TiledAttention(self.cache, batch) if self.deterministic else PagedAttention.of(self.cache, batch)
+        context = ForwardContext(attention, self.dispatcher, self.shard)
         hidden_TD = self.model(self._tensor(tokens), self._tensor(positions), context)
         if len(rows) < len(tokens):
             hidden_TD = hidden_TD[self._tensor(rows)]

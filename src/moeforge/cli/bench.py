@@ -126,7 +126,7 @@ def serve(
         if over_http:
             from moeforge.bench.serve_process import server
 
-            with server([made.path]) as started:
+            with server([made.path, "--no-enable-prefix-caching"]) as started:
                 result = _load(started, vocab_size, input_len, output_len, counts, rate, requests, seed, None)
         else:
             from moeforge.bench.serve import ServeBench

@@ -50,14 +50,14 @@ def compare(
     json: Json = False,
 ) -> None:
     """Compare EDP, EP, ETP and their mixtures: what fits, what travels inside and across nodes, what it costs."""
-    from moeforge.checkpoint.configured import configured_model
+    from moeforge.cli.models import model_config
     from moeforge.config.clusters import load_hardware
     from moeforge.plan.arrangement import Arrangement
     from moeforge.plan.compare import compare_modes, flat
     from moeforge.plan.request import default_batch
     from moeforge.plan.workload import Workload
 
-    hardware, config = load_hardware(cluster), configured_model(model)
+    hardware, config = load_hardware(cluster), model_config(model)
     if config.moe is None:
         raise UserError(f"{model}: is a dense model; compare needs a mixture of experts")
     chunks = 2 if schedule in ("interleaved-1f1b", "zbv") else 1

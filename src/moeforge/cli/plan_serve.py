@@ -49,7 +49,7 @@ def serve(
     Sizes need not divide: KV groups, columns and vocabulary rows are shared as evenly as they go, and what is left
     over takes turns from layer to layer.
     """
-    from moeforge.checkpoint.configured import configured_model
+    from moeforge.cli.models import model_config
     from moeforge.config.gpus import load_gpus, parse_gpu_split
     from moeforge.config.serving import EngineConfig
     from moeforge.plan.serving import ServingRequest, plan_serving
@@ -66,7 +66,7 @@ def serve(
         kv_cache_dtype=kv_cache_dtype,
         gpu_memory_utilization=gpu_memory_utilization,
     )
-    config = configured_model(model)
+    config = model_config(model)
     held = _stored(model) if weights == "auto" else weights
     plan = plan_serving(ServingRequest(config, cards, held, engine, context))
     if out is not None:

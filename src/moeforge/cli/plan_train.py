@@ -109,14 +109,14 @@ def train(
 
 def read_request(target: str, settings: list[str], hardware: HardwareProfile | None) -> tuple[TrainConfig, ModelConfig]:
     """The run and its model; for a model alone, a run of default size on this cluster."""
-    from moeforge.checkpoint.configured import configured_model
+    from moeforge.cli.models import model_config
     from moeforge.config.toml import config_of, load_config
     from moeforge.plan.request import default_batch
 
     if target.endswith(".toml"):
         run = load_config(target, settings)
-        return run, configured_model(run.model.path)
-    model = configured_model(target)
+        return run, model_config(run.model.path)
+    model = model_config(target)
     data: dict[str, Any] = {
         "model": {"path": target},
         "data": {"train": [{"path": "not-read"}], "sequence_length": min(model.max_positions, 8192)},

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeforge.checkpoint import Checkpoint, open_checkpoint
-from moeforge.checkpoint.configured import configured_model
 from moeforge.checkpoint.inference import named_dtype, pick_dtype
 from moeforge.config.model import ModelConfig
+from moeforge.config.named import named_config
 from moeforge.config.serving import EngineConfig
 from moeforge.errors import UserError
 from moeforge.layout import Layout
@@ -43,14 +43,20 @@ class OpenedModel:
 
 def open_model(settings: EngineConfig, model: str) -> OpenedModel:
     """Raises UserError for what is no model."""
-    checkpoint = open_checkpoint(model) if settings.load_format == "auto" else None
-    config = configured_model(model) if checkpoint is None else checkpoint.config
+    config, checkpoint = _described(settings, model)
     if checkpoint is None or settings.skip_tokenizer_init:
         return OpenedModel(config, checkpoint, None, "no tokenizer was loaded; give token ids")
     try:
         return OpenedModel(config, checkpoint, checkpoint.tokenizer(), None)
     except UserError as error:  # token ids can be continued without one
         return OpenedModel(config, checkpoint, None, str(error))
+
+
+def _described(settings: EngineConfig, model: str) -> tuple[ModelConfig, Checkpoint | None]:
+    if settings.load_format == "dummy" and (config := named_config(model)) is not None:
+        return config, None
+    checkpoint = open_checkpoint(model)
+    return checkpoint.config, None if settings.load_format == "dummy" else checkpoint
 
 
 def layout_of(settings: EngineConfig, config: ModelConfig) -> Layout:
@@ -79,8 +85,7 @@ def length_limit(settings: EngineConfig, config: ModelConfig) -> int:
 
 def make_runner(settings: EngineConfig, model: str, layout: Layout, rank: Rank) -> Runner:
     """Loads what a rank holds. Raises UserError where it does not fit."""
-    checkpoint = open_checkpoint(model) if settings.load_format == "auto" else None
-    config = configured_model(model) if checkpoint is None else checkpoint.config
+    config, checkpoint = _described(settings, model)
     dtype = named_dtype(settings.dtype) if checkpoint is None else pick_dtype(settings.dtype, checkpoint)
     require_memory(config, layout, rank.index, dtype, rank.device)
     if checkpoint is None:

@@ -1,10 +1,9 @@
-"""A model by its name where its weights are not needed."""
+"""A model by its name where no weights have to be opened."""
 
 from __future__ import annotations
 
 import json
 
-from moeforge.checkpoint.open import open_checkpoint
 from moeforge.config.hf import model_config_from_hf
 from moeforge.config.model import ModelConfig
 from moeforge.config.presets import PRESETS, model_preset
@@ -12,8 +11,11 @@ from moeforge.config.section import expanded
 from moeforge.errors import UserError
 
 
-def configured_model(model: str) -> ModelConfig:
-    """A preset, or the configuration of a checkpoint; a directory with just a config.json will do."""
+def named_config(model: str) -> ModelConfig | None:
+    """A preset, or what a directory with just a config.json describes; None where there are weights to look at.
+
+    Raises UserError for a name that is no preset and nothing else either.
+    """
     path = expanded(model)
     if model in PRESETS and not path.exists():
         return model_preset(model)
@@ -28,4 +30,4 @@ def configured_model(model: str) -> ModelConfig:
         return model_config_from_hf(data)
     if not path.exists() and "/" not in model:  # no hub id either
         return model_preset(model)
-    return open_checkpoint(model).config
+    return None

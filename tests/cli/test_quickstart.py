@@ -35,6 +35,7 @@ def test_the_whole_way_on_a_small_model(
     config = open_checkpoint(tmp_path / result["final"]).config
     assert config.moe is not None and config.moe.gate_norm == 1.0
     assert "<html" in (tmp_path / result["report"]).read_text()
+    assert "chat_text" not in result  # no template, no chat
 
 
 @pytest.mark.slow
@@ -49,6 +50,7 @@ def test_the_whole_way_on_the_real_model(
     assert moe["eval_loss_before"] == pytest.approx(dense["eval_loss_before"], rel=1e-2)
     assert moe["eval_loss"] < 4 and dense["eval_loss"] < 4
     assert "Paris" in result["text"]
+    assert result["chat_text"] and 0 < result["served_tokens"] <= 40
 
 
 def test_one_step(

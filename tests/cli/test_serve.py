@@ -189,3 +189,25 @@ def test_ctrl_c_and_a_key(process: Any, monkeypatch: pytest.MonkeyPatch) -> None
     assert reply.status_code == 200
     server.send_signal(signal.SIGINT)
     assert server.wait(20) == 0
+
+
+def _workers(server: subprocess.Popen[str]) -> list[int]:
+    """The server's processes for other ranks."""
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+    return [pid for pid in map(int, children) if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_a_killed_worker_ends_every_stream_and_the_server(process: Any) -> None:
+    server, ready = process("--tp", "2")
+    assert ready["ranks"] == 2
+    client = openai.OpenAI(base_url=f"{ready['url']}/v1", api_key="none", max_retries=0, timeout=60)
+    stream = client.completions.create(
+        model=ready["model"], prompt="w1", max_tokens=250, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(stream)
+    os.kill(_workers(server)[-1], signal.SIGKILL)
+    with pytest.raises(openai.APIError, match="the engine failed"):
+        list(stream)
+    assert server.wait(20) == 1
+    error = server.stderr.read()
+    assert error.startswith("moeforge: error: the engine failed: ") and error.count("\n") == 1

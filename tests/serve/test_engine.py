@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,11 +16,11 @@ from transformers import AutoModelForCausalLM
 from moeforge.checkpoint import open_checkpoint, save_model
 from moeforge.errors import UserError
 from moeforge.layout import serving_layout
-from moeforge.serve import LLM, SamplingParams, memory
+from moeforge.serve import LLM, SamplingParams, build, memory
 from moeforge.serve.sampling_params import StructuredOutputsParams
 
 from .families import FAMILIES, family, random_model
-from .recording import Answer, answers, greedy, require_same, worker_processes
+from .recording import LOGITS, MARGIN, Answer, answers, greedy, require_same, worker_processes
 
 Saved = Callable[[str], Path]
 PROMPTS = [[5, 6, 7], list(range(10, 36)), [20], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0], [5, 6, 7, 8]]
@@ -40,7 +41,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     def make(name: str) -> Path:
         path = directory / name.replace(", ", "-")
         if not path.exists():
-            save_model(random_model(family(name), torch.float32), path)
+            # transformers wants the heads' width to be the model's in Llama
+            save_model(random_model(dataclasses.replace(family(name), hidden_size=48), torch.float32), path)
         return path
 
     return make
@@ -58,20 +60,17 @@ def answers_of(model: Path, **settings: Any) -> list[Answer]:
         llm.close()
 
 
-@torch.inference_mode()
-def transformers_logits(model: Path, answer: Answer) -> torch.Tensor:
-    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
-    tokens = torch.tensor([answer.prompt + answer.tokens])
-    return theirs(tokens).logits[0, len(answer.prompt) - 1 : -1].double()
-
-
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "ours"])
-def test_logits_are_those_of_transformers(made: Saved, name: str) -> None:
-    for answer in answers_of(made(name)):
-        theirs = transformers_logits(made(name), answer)
-        require_same([answer], [Answer(answer.prompt, answer.tokens, theirs)])
+def test_logits_are_those_of_transformers(made: Saved, saved: Saved, name: str) -> None:
+    model = saved(name) if name == "olmoe" else made(name)  # which we do not write in its own form
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    for answer in answers_of(model):
+        with torch.inference_mode():
+            logits = reference(torch.tensor([answer.prompt + answer.tokens])).logits[0].double()
+        theirs = logits[len(answer.prompt) - 1 : -1]
+        torch.testing.assert_close(answer.logits_NV, theirs, rtol=LOGITS, atol=LOGITS)
         best = theirs.topk(2).values
-        clear = best[:, 0] - best[:, 1] > 1e-3
+        clear = best[:, 0] - best[:, 1] > MARGIN
         assert theirs.argmax(-1)[clear].tolist() == torch.tensor(answer.tokens)[clear].tolist()
 
 
@@ -231,14 +230,14 @@ def test_a_schema_is_followed(saved: Saved) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_fp8_pages_change_little(made: Saved, name: str) -> None:
-    exact = answers_of(made(name))
-    llm = of(made(name), kv_cache_dtype="fp8")
-    assert llm.engine.kv_cache_tokens == of(made(name)).engine.kv_cache_tokens
-    found = answers(llm, PROMPTS)
-    steps = [(a.logits_NV[0], b.logits_NV[0]) for a, b in zip(found, exact, strict=True)]
-    assert all(torch.cosine_similarity(a, b, dim=0) > 0.99 for a, b in steps)
-    equal = [a == b for x, y in zip(found, exact, strict=True) for a, b in zip(x.tokens, y.tokens, strict=True)]
-    assert sum(equal) > 0.6 * len(equal)
+    exact, small = of(made(name)), of(made(name), kv_cache_dtype="fp8")
+    found = answers(small, PROMPTS)
+    texts = [answer.prompt + answer.tokens[:step] for answer in found for step in range(len(answer.tokens))]
+    expected = answers(exact, texts, greedy(1))
+    logits = torch.cat([answer.logits_NV for answer in found])
+    assert torch.cosine_similarity(logits, torch.cat([answer.logits_NV for answer in expected])).min() > 0.95
+    assert (logits.argmax(-1) == torch.tensor([answer.tokens[0] for answer in expected])).float().mean() > 0.8
+    assert not torch.equal(logits[-1], expected[-1].logits_NV[0])
 
 
 def test_a_plan_is_followed(made: Saved, tmp_path: Path) -> None:
@@ -266,13 +265,13 @@ def test_gpu_split_says_who_holds_how_much(made: Saved) -> None:
 
 
 def test_what_cannot_be_is_one_clear_error(made: Saved, tmp_path: Path) -> None:
-    serving_layout(family("llama"), 2).write(tmp_path / "llama.json")
+    serving_layout(open_checkpoint(made("llama")).config, 2).write(tmp_path / "llama.json")
     for settings, message in (
         ({"plan": tmp_path / "llama.json"}, "the plan was made for another model"),
         ({"plan": tmp_path / "llama.json", "gpu_split": (1,)}, "give one of both"),
         ({"tensor_parallel_size": 49}, "tensor_parallel_size = 49: must be at most 48"),
         ({"tensor_parallel_size": 2, "gpu_split": (1, 2, 3)}, "gpu_split = 1,2,3: must have one number for each of"),
-        ({"kv_cache_memory_bytes": 10_000}, "max_model_len = 64: .* room for 8 tokens .*at most 8"),
+        ({"kv_cache_memory_bytes": 10_000}, "max_model_len = 64: .* room for 12 tokens .*at most 12"),
         ({"max_model_len": 65}, "max_model_len = 65"),
     ):
         with pytest.raises(UserError, match=message) as caught:
@@ -286,8 +285,10 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_read(
     made: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda _: 10_000)
-    with pytest.raises(UserError, match=r"weights need 0\.\d\d GB .* moeforge plan serve"):
-        of(made("mixtral"))
+    monkeypatch.setattr(build, "load_rank", lambda *_: pytest.fail("was read"))
+    for tp in (1, 2):
+        with pytest.raises(UserError, match=f"weights need .* on rank 0 of {tp} in float32.* `moeforge plan serve`"):
+            of(made("mixtral"), tensor_parallel_size=tp)
 
 
 def test_another_ranks_refusal_ends_all(made: Saved) -> None:

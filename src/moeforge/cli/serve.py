@@ -118,10 +118,14 @@ def command(
     _serve(model, config, settings, host, port, shutdown_timeout, json)
 
 
+def missing_packages() -> list[str]:
+    """What the server needs and is not installed."""
+    return [name for name in EXTRA if importlib.util.find_spec(name) is None]
+
+
 def require_extra() -> None:
     """Raises UserError with the command that installs what the server needs where it is missing."""
-    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := missing_packages():
         raise UserError(f"serve: {', '.join(missing)} not installed; pip install 'moeforge[serve]'")
 
 

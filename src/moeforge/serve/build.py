@@ -7,8 +7,10 @@ from typing import Any
 
 from moeforge.checkpoint import Checkpoint, open_checkpoint
 from moeforge.checkpoint.inference import named_dtype, pick_dtype
+from moeforge.checkpoint.tokenizer import load_tokenizer
 from moeforge.config.model import ModelConfig
 from moeforge.config.named import named_config
+from moeforge.config.section import expanded
 from moeforge.config.serving import EngineConfig
 from moeforge.errors import UserError
 from moeforge.layout import Layout
@@ -24,11 +26,10 @@ from moeforge.serve.shard import ServingShard
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model that nothing of has been loaded yet but the tokenizer (None where it was not wanted or is missing, and
-    `no_tokenizer` says why). `checkpoint` is None for dummy weights."""
+    """A model of which nothing has been loaded yet but the tokenizer: None where it was not wanted or is missing, and
+    `no_tokenizer` says why."""
 
     config: ModelConfig
-    checkpoint: Checkpoint | None
     tokenizer: Any | None
     no_tokenizer: str | None
 
@@ -44,19 +45,21 @@ class OpenedModel:
 def open_model(settings: EngineConfig, model: str) -> OpenedModel:
     """Raises UserError for what is no model."""
     config, checkpoint = _described(settings, model)
-    if checkpoint is None or settings.skip_tokenizer_init:
-        return OpenedModel(config, checkpoint, None, "no tokenizer was loaded; give token ids")
+    if settings.skip_tokenizer_init:
+        return OpenedModel(config, None, "skip_tokenizer_init: no tokenizer was loaded; give token ids")
     try:
-        return OpenedModel(config, checkpoint, checkpoint.tokenizer(), None)
+        tokenizer = load_tokenizer(expanded(model)) if checkpoint is None else checkpoint.tokenizer()
+        return OpenedModel(config, tokenizer, None)
     except UserError as error:  # token ids can be continued without one
-        return OpenedModel(config, checkpoint, None, str(error))
+        return OpenedModel(config, None, str(error))
 
 
 def _described(settings: EngineConfig, model: str) -> tuple[ModelConfig, Checkpoint | None]:
+    """The configuration, and the checkpoint where there are weights: dummy ones need none."""
     if settings.load_format == "dummy" and (config := named_config(model)) is not None:
         return config, None
     checkpoint = open_checkpoint(model)
-    return checkpoint.config, None if settings.load_format == "dummy" else checkpoint
+    return checkpoint.config, checkpoint
 
 
 def layout_of(settings: EngineConfig, config: ModelConfig) -> Layout:
@@ -88,7 +91,7 @@ def make_runner(settings: EngineConfig, model: str, layout: Layout, rank: Rank) 
     config, checkpoint = _described(settings, model)
     dtype = named_dtype(settings.dtype) if checkpoint is None else pick_dtype(settings.dtype, checkpoint)
     require_memory(config, layout, rank.index, dtype, rank.device)
-    if checkpoint is None:
+    if checkpoint is None or settings.load_format == "dummy":
         loaded = dummy_rank(config, layout, rank.index, dtype, rank.device)
     else:
         loaded = load_rank(checkpoint, layout, rank.index, dtype, rank.device)

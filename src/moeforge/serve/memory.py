@@ -12,11 +12,10 @@ from moeforge.config.serving import EngineConfig
 from moeforge.errors import UserError
 from moeforge.layout import Layout
 from moeforge.parallel.parameters import parameter_parts
+from moeforge.plan.serving_memory import RESERVED_BYTES
 from moeforge.serve.kv_cache import bytes_per_block
 
 CPU_KV_BYTES = 4 << 30
-ACTIVATION_BYTES = 1 << 30
-"""Kept free on a GPU for activations, logits and workspaces of a step."""
 
 
 def weight_bytes(config: ModelConfig, layout: Layout, rank: int, dtype: torch.dtype) -> int:
@@ -66,7 +65,7 @@ def block_count(
     memory = settings.kv_cache_memory_bytes
     if memory is None and device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        memory = free - math.ceil(total * (1 - settings.gpu_memory_utilization)) - ACTIVATION_BYTES
+        memory = free - math.ceil(total * (1 - settings.gpu_memory_utilization)) - RESERVED_BYTES
     elif memory is None:
         memory = min(CPU_KV_BYTES, free_bytes(device) // 2) // layout.tp
     count = max(memory, 0) // block - 1  # one page more is made, for padding

@@ -180,6 +180,7 @@ def test_a_server_from_start_to_end(process: Any) -> None:
     assert server.stdout.read() == "" and server.stderr.read() == ""
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_a_key(process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEFORGE_API_KEY", "sesame")
     server, ready = process()

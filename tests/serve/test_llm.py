@@ -130,7 +130,9 @@ def test_auto_keeps_the_stored_dtype(saved: Saved) -> None:
 def test_without_a_tokenizer_token_ids_still_work(saved: Saved, tmp_path: Path) -> None:
     directory = tmp_path / "model"
     shutil.copytree(saved("llama"), directory, ignore=shutil.ignore_patterns("token*", "*.jinja"))
-    llm = LLM(directory, dtype="fp32", device="cpu")
+    with pytest.raises(UserError, match="no tokenizer.*skip_tokenizer_init"):
+        LLM(directory, dtype="fp32", device="cpu")
+    llm = LLM(directory, dtype="fp32", device="cpu", skip_tokenizer_init=True)
     (output,) = llm.generate([PROMPTS[0]], greedy(4))
     assert len(output.outputs[0].token_ids) == 4 and output.outputs[0].text == ""
     for refused in (

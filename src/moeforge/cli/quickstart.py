@@ -239,7 +239,8 @@ def _human(result: dict[str, Any]) -> Any:
     texts = [f"\n{result['prompt']}[bold]{_plain(result['text'])}[/bold]"]
     if "chat_text" in result:
         texts.append(f"\n{result['chat_prompt']}\n[bold]{_plain(result['chat_text'])}[/bold]")
-    return Group(table, *texts, f"\nmodel:  {result['final']}\nreport: {result['report']}\nserve:  moeforge serve {result['final']}")
+    final = result["final"]
+    return Group(table, *texts, f"\nmodel:  {final}\nreport: {result['report']}\nserve:  moeforge serve {final}")
 
 
 def _plain(text: str) -> str:

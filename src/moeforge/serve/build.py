@@ -7,7 +7,7 @@ from typing import Any
 
 from moeforge.checkpoint import Checkpoint, open_checkpoint
 from moeforge.checkpoint.inference import named_dtype, pick_dtype
-from moeforge.checkpoint.tokenizer import load_tokenizer
+from moeforge.checkpoint.tokenizer import load_tokenizer, tokenizer_files
 from moeforge.config.model import ModelConfig
 from moeforge.config.named import named_config
 from moeforge.config.section import expanded
@@ -26,12 +26,10 @@ from moeforge.serve.shard import ServingShard
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model of which nothing has been loaded yet but the tokenizer: None where it was not wanted or is missing, and
-    `no_tokenizer` says why."""
+    """A model of which nothing has been loaded yet but the tokenizer, None where none was wanted."""
 
     config: ModelConfig
     tokenizer: Any | None
-    no_tokenizer: str | None
 
     @property
     def ends(self) -> frozenset[int]:
@@ -43,15 +41,21 @@ class OpenedModel:
 
 
 def open_model(settings: EngineConfig, model: str) -> OpenedModel:
-    """Raises UserError for what is no model."""
+    """Raises UserError for what is no model, or has no tokenizer where one is wanted."""
     config, checkpoint = _described(settings, model)
     if settings.skip_tokenizer_init:
-        return OpenedModel(config, None, "skip_tokenizer_init: no tokenizer was loaded; give token ids")
+        return OpenedModel(config, None)
     try:
-        tokenizer = load_tokenizer(expanded(model)) if checkpoint is None else checkpoint.tokenizer()
-        return OpenedModel(config, tokenizer, None)
-    except UserError as error:  # token ids can be continued without one
-        return OpenedModel(config, None, str(error))
+        return OpenedModel(config, _tokenizer(model) if checkpoint is None else checkpoint.tokenizer())
+    except UserError as error:
+        raise UserError(f"{error}; with skip_tokenizer_init token ids alone are served") from error
+
+
+def _tokenizer(model: str) -> Any:
+    path = expanded(model)
+    if not tokenizer_files(path):
+        raise UserError(f"model = {model!r}: has no tokenizer")
+    return load_tokenizer(path)
 
 
 def _described(settings: EngineConfig, model: str) -> tuple[ModelConfig, Checkpoint | None]:

@@ -35,7 +35,7 @@ class Engine:
         self.model_config: ModelConfig = opened.config
         self.layout = layout_of(settings, opened.config)
         self.tokenizer: Any | None = opened.tokenizer
-        self._no_tokenizer, self._ends = opened.no_tokenizer, opened.ends
+        self._ends = opened.ends
         self.max_model_len = length_limit(settings, opened.config)
         self.settings = dataclasses.replace(settings, max_model_len=self.max_model_len)
         self.runner = TensorParallelRunner(self.settings, str(model), self.layout, make_runner, on_failure)
@@ -50,9 +50,9 @@ class Engine:
         )
 
     def get_tokenizer(self) -> Any:
-        """The model's tokenizer, transformers'. Raises UserError if there is none."""
-        if self._no_tokenizer is not None:
-            raise UserError(self._no_tokenizer)
+        """The model's tokenizer, transformers'. Raises UserError if none was wanted."""
+        if self.tokenizer is None:
+            raise UserError("no tokenizer was loaded (skip_tokenizer_init); give token ids, and neither text nor stop")
         return self.tokenizer
 
     @property

@@ -40,7 +40,7 @@ class LLM:
         return self.engine.max_model_len
 
     def get_tokenizer(self) -> Any:
-        """The model's tokenizer, transformers'. Raises UserError if it came without one."""
+        """The model's tokenizer, transformers'. Raises UserError if none was wanted."""
         return self.engine.get_tokenizer()
 
     def generate(

@@ -24,7 +24,14 @@ from .recording import LOGITS, MARGIN, Answer, answers, greedy, require_same, wo
 
 Saved = Callable[[str], Path]
 PROMPTS = [[5, 6, 7], list(range(10, 36)), [20], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0], [5, 6, 7, 8]]
-SMALL = {"dtype": "fp32", "device": "cpu", "block_size": 4, "max_num_batched_tokens": 7, "max_num_seqs": 3}
+SMALL = {
+    "dtype": "fp32",
+    "device": "cpu",
+    "skip_tokenizer_init": True,
+    "block_size": 4,
+    "max_num_batched_tokens": 7,
+    "max_num_seqs": 3,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -302,14 +309,16 @@ def test_dummy_weights_need_a_configuration_only(made: Saved, tmp_path: Path) ->
     llm = of(tmp_path, load_format="dummy")
     (output,) = llm.generate([PROMPTS[0]], greedy(5))
     assert len(output.outputs[0].token_ids) == 5 and output.outputs[0].text == ""
-    with pytest.raises(UserError, match="no tokenizer was loaded; give token ids"):
+    with pytest.raises(UserError, match="no tokenizer was loaded .*give token ids"):
         llm.generate("text")
     with pytest.raises(UserError, match="no weights"):
         of(tmp_path)
+    with pytest.raises(UserError, match="no tokenizer; with skip_tokenizer_init"):
+        of(tmp_path, load_format="dummy", skip_tokenizer_init=False)
 
 
 @pytest.mark.slow
 def test_dummy_weights_of_a_preset() -> None:
-    llm = LLM("smollm2-135m", load_format="dummy", device="cpu", max_model_len=64)
+    llm = of(Path("smollm2-135m"), load_format="dummy", dtype="auto", max_model_len=64)
     (output,) = llm.generate([[1, 2, 3]], greedy(3))
     assert len(output.outputs[0].token_ids) == 3

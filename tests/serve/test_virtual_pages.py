@@ -65,7 +65,7 @@ def many_ranks(whole: Transformer, tp: int, dtype: torch.dtype, steps: Sequence[
     for step in steps:
         tokens = torch.tensor([token for s in step.sequences for token in s.tokens])
         positions = torch.tensor([position for s in step.sequences for position in range(s.begin, s.end)])
-        hidden = ranks.forward(tokens, positions, [PagedAttention(cache, step) for cache in caches])
+        hidden = ranks.forward(tokens, positions, [PagedAttention.of(cache, step) for cache in caches])
         last = torch.tensor([len(s.tokens) for s in step.sequences]).cumsum(0) - 1
         logits.append(ranks.logits(hidden[last]))
     return logits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from moeforge.errors import RunError, UserError
@@ -89,11 +89,12 @@ class AsyncEngine:
         self.stats = EngineStats()
         self.failed: str | None = None
         self._news = threading.Condition()
-        self._inbox: deque[Request] = deque()
-        self._aborts: deque[str] = deque()
+        self._inbox: deque[Request | str] = deque()  # to add, and ids to abort, in their order
+        self._new = 0  # requests that no step has seen yet
         self._waiting = 0  # in the scheduler, as of the last step
         self._free_places = engine.settings.max_num_seqs
         self._draining = self._stopped = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: dict[str, Stream] = {}
         self._prompt_tokens = self._generation_tokens = 0
         self._finished: Counter[str] = Counter()
@@ -104,6 +105,8 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._idle.set()
+        if self.failed is None and self.engine.runner.failed is not None:  # before anyone listened
+            self.fail(self.engine.runner.failed)
         self._thread.start()
 
     async def submit(
@@ -118,6 +121,9 @@ class AsyncEngine:
 
         Raises UserError for what cannot be served, QueueFull, and EngineDead where nothing more is taken.
         """
+        most = self.engine.settings.max_waiting + self.engine.settings.max_num_seqs
+        if params.n > most:
+            raise UserError(f"n = {params.n}: must be at most {most}, for which there is room (max_waiting, max_num_seqs)")
         self._require_room(params.n)
         # In another thread: a grammar may take its time.
         requests = await asyncio.to_thread(
@@ -130,6 +136,7 @@ class AsyncEngine:
             stream = self._streams[request_id] = Stream(self, request_id, len(requests))
             self._idle.clear()
             self._inbox.extend(requests)
+            self._new += len(requests)
             self._news.notify()
         return stream
 
@@ -137,7 +144,7 @@ class AsyncEngine:
         """End a request; its stream gets no more."""
         self._forget(request_id)
         with self._news:
-            self._aborts.append(request_id)
+            self._inbox.append(request_id)
             self._news.notify()
 
     async def shutdown(self) -> None:
@@ -159,7 +166,8 @@ class AsyncEngine:
                 return
             self.failed = message
             self._news.notify()
-        self._loop.call_soon_threadsafe(self._end_streams, message)
+        if self._loop is not None:
+            self._in_loop(self._end_streams, message)
 
     def _require_room(self, requests: int) -> None:
         if self.failed is not None:
@@ -167,7 +175,7 @@ class AsyncEngine:
         if self._draining:
             raise EngineDead("the server is shutting down")
         with self._news:
-            waiting = self._waiting + len(self._inbox)
+            waiting = self._waiting + self._new
             # Places are free only as long as nobody waits for one.
             room = self.engine.settings.max_waiting + (0 if self._waiting else self._free_places)
         if waiting + requests > room:
@@ -178,37 +186,34 @@ class AsyncEngine:
     def _run(self) -> None:
         while True:
             with self._news:
-                self._news.wait_for(
-                    lambda: self._inbox or self._aborts or self._stopped or self.failed or self.engine.has_work
-                )
+                self._news.wait_for(lambda: self._inbox or self._stopped or self.failed or self.engine.has_work)
                 if self._stopped or self.failed is not None:
                     return
-                self._take_in()
+                taken = self._take_in()
             try:
                 ran = self.engine.step()
             except Exception as error:
                 self.fail(f"{type(error).__name__}: {error}" if not isinstance(error, RunError) else str(error))
                 return
-            self._hand_out(ran)
+            self._hand_out(ran, taken)
 
-    def _take_in(self) -> None:
-        for request_id in self._aborts:
-            self._finished["abort"] += len(self.engine.abort(request_id))
-        aborted = set(self._aborts)
-        self._aborts.clear()
+    def _take_in(self) -> int:
+        """Does what is in the inbox; how many requests it held."""
+        taken = 0
         while self._inbox:
-            request = self._inbox.popleft()
-            if request.request_id in aborted:
-                self._finished["abort"] += 1
+            item = self._inbox.popleft()
+            if isinstance(item, str):
+                self._finished["abort"] += len(self.engine.abort(item))
                 continue
+            taken += 1
             try:
-                self.engine.add(request)
-                self._prompt_tokens += len(request.prompt_token_ids)
+                self.engine.add(item)
+                self._prompt_tokens += len(item.prompt_token_ids)
             except Exception as error:  # what `submit` should have found
-                self._loop.call_soon_threadsafe(self._refuse, request.request_id, str(error))
-        self._waiting = self.engine.scheduler.num_waiting
+                self._in_loop(self._refuse, item.request_id, str(error))
+        return taken
 
-    def _hand_out(self, ran: list[Request]) -> None:
+    def _hand_out(self, ran: list[Request], taken: int) -> None:
         deltas: dict[str, list[CompletionDelta]] = {}
         for request in ran:
             delta = request.take_delta()
@@ -218,6 +223,7 @@ class AsyncEngine:
                 self._finished[delta.finish_reason] += 1
         scheduler = self.engine.scheduler
         with self._news:
+            self._new -= taken
             self._waiting = scheduler.num_waiting
             self._free_places = max(self.engine.settings.max_num_seqs - scheduler.num_running, 0)
         stats = EngineStats(
@@ -231,7 +237,11 @@ class AsyncEngine:
             scheduler.prefix_hits_tokens,
             dict(self._finished),
         )
-        self._loop.call_soon_threadsafe(self._deliver, deltas, stats)
+        self._in_loop(self._deliver, deltas, stats)
+
+    def _in_loop(self, call: Callable[..., None], *arguments: object) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(call, *arguments)
 
     # In the loop.
 

@@ -135,8 +135,9 @@ def run(
 
 def test_only_rows_that_sample_have_logits() -> None:
     runner = runner_of(build(None, 2, False), 4)
-    steps = (SequenceStep((5,), 0, (3,), True), SequenceStep((6, 7), 0, (1,), False), SequenceStep((6, 8), 0, (2,), True))
-    assert runner.forward(StepBatch(steps)).shape == (2, 70)
+    wanted = ((5,), 3, True), ((6, 7), 1, False), ((6, 8), 2, True)
+    steps = [SequenceStep(tokens, 0, (page,), samples) for tokens, page, samples in wanted]
+    assert runner.forward(StepBatch(tuple(steps))).shape == (2, 70)
 
 
 def test_fp8_pages_are_close_and_saturate() -> None:

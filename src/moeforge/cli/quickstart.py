@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json as jsonlib
+import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -183,8 +184,8 @@ def _generate(final: Path) -> dict[str, Any]:
 def _chat(final: Path, console: Console) -> dict[str, Any]:
     """One question to the model's own server, if the model can chat and the server's packages are here."""
     from moeforge.checkpoint import open_checkpoint
+    from moeforge.bench.serve_process import server
     from moeforge.cli.serve import missing_packages
-    from moeforge.cli.served_answer import ask, served
 
     if missing := missing_packages():
         console.print(f"not served: {', '.join(missing)} not installed; pip install 'moeforge[serve]'")
@@ -192,14 +193,30 @@ def _chat(final: Path, console: Console) -> dict[str, Any]:
     if not open_checkpoint(final).tokenizer().chat_template:
         console.print("not served: the model has no chat template")
         return {}
-    with console.status("starting moeforge serve"), served(final) as url:
+    with console.status("starting moeforge serve"), server([final, "--served-model-name", "moe"]) as url:
         console.print(f"POST {url}/v1/chat/completions")
-        answer = ask(url, _CHAT, _ANSWER_TOKENS)
+        answer = _ask(url, _CHAT)
     return {
         "chat_prompt": _CHAT,
         "chat_text": answer["choices"][0]["message"]["content"],
         "served_tokens": answer["usage"]["completion_tokens"],
     }
+
+
+def _ask(url: str, content: str) -> dict[str, Any]:
+    """The server's reply to one message, greedily."""
+    body = {
+        "model": "moe",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": _ANSWER_TOKENS,
+        "temperature": 0,
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", jsonlib.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=300) as reply:
+        answer: dict[str, Any] = jsonlib.load(reply)
+    return answer
 
 
 def _summary(result: TrainResult) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from itertools import count
 
 from moeforge.errors import RunError, UserError
 from moeforge.serve.engine import Engine
@@ -53,9 +54,9 @@ class Stream:
     Raises EngineDead where the engine dies before. Used in the loop that submitted it.
     """
 
-    def __init__(self, engine: AsyncEngine, request_id: str, count: int) -> None:
-        self._engine, self._request_id = engine, request_id
-        self._open = self.unfinished = count
+    def __init__(self, engine: AsyncEngine, key: str, continuations: int) -> None:
+        self._engine, self._key = engine, key
+        self._open = self.unfinished = continuations
         self._queue: asyncio.Queue[list[CompletionDelta] | EngineDead] = asyncio.Queue()
 
     def put(self, item: list[CompletionDelta] | EngineDead) -> None:
@@ -74,8 +75,9 @@ class Stream:
 
     def abort(self) -> None:
         """End what still runs; the pages are free with the next step. Nothing where all has ended."""
-        if self._open:
-            self._engine.abort(self._request_id)
+        if self.unfinished:
+            self.unfinished = 0
+            self._engine.abort(self._key)
 
 
 class AsyncEngine:
@@ -89,13 +91,14 @@ class AsyncEngine:
         self.stats = EngineStats()
         self.failed: str | None = None
         self._news = threading.Condition()
-        self._inbox: deque[Request | str] = deque()  # to add, and ids to abort, in their order
+        self._inbox: deque[Request | str] = deque()  # to add, and keys to abort, in their order
         self._new = 0  # requests that no step has seen yet
         self._waiting = 0  # in the scheduler, as of the last step
         self._free_places = engine.settings.max_num_seqs
         self._draining = self._stopped = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: dict[str, Stream] = {}
+        self._serial = count()
         self._prompt_tokens = self._generation_tokens = 0
         self._finished: Counter[str] = Counter()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -117,34 +120,32 @@ class AsyncEngine:
         params: SamplingParams,
         cache_salt: bytes = b"",
     ) -> Stream:
-        """Let a prompt be continued. `request_id` must be unused.
+        """Let a prompt be continued. `request_id` is a name, which need not be unique.
 
         Raises UserError for what cannot be served, QueueFull, and EngineDead where nothing more is taken.
         """
         most = self.engine.settings.max_waiting + self.engine.settings.max_num_seqs
         if params.n > most:
-            raise UserError(f"n = {params.n}: must be at most {most}, for which there is room (max_waiting, max_num_seqs)")
+            raise UserError(f"n = {params.n}: must be at most {most}, for all to find room (max_waiting, max_num_seqs)")
         self._require_room(params.n)
+        # What is still on its way of an aborted request must not reach another of the same name.
+        key = f"{request_id}.{next(self._serial)}"
         # In another thread: a grammar may take its time.
-        requests = await asyncio.to_thread(
-            self.engine.requests, request_id, prompt, prompt_token_ids, params, cache_salt
-        )
+        requests = await asyncio.to_thread(self.engine.requests, key, prompt, prompt_token_ids, params, cache_salt)
         self._require_room(params.n)
-        if request_id in self._streams:
-            raise UserError(f"request_id = {request_id!r}: must be unused; this one is still being served")
         with self._news:
-            stream = self._streams[request_id] = Stream(self, request_id, len(requests))
+            stream = self._streams[key] = Stream(self, key, len(requests))
             self._idle.clear()
             self._inbox.extend(requests)
             self._new += len(requests)
             self._news.notify()
         return stream
 
-    def abort(self, request_id: str) -> None:
-        """End a request; its stream gets no more."""
-        self._forget(request_id)
+    def abort(self, key: str) -> None:
+        """End a request, for its stream, which gets no more."""
+        self._forget(key)
         with self._news:
-            self._inbox.append(request_id)
+            self._inbox.append(key)
             self._news.notify()
 
     async def shutdown(self) -> None:
@@ -266,7 +267,7 @@ class AsyncEngine:
         self._streams.clear()
         self._idle.set()
 
-    def _forget(self, request_id: str) -> None:
-        self._streams.pop(request_id, None)
+    def _forget(self, key: str) -> None:
+        self._streams.pop(key, None)
         if not self._streams:
             self._idle.set()

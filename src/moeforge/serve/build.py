@@ -18,7 +18,7 @@ from moeforge.layout.serving import serving_layout
 from moeforge.serve.dispatcher import ServingDispatcher
 from moeforge.serve.kv_cache import KVCache
 from moeforge.serve.load import check_serving_layout, dummy_rank, load_rank
-from moeforge.serve.memory import block_count, require_memory
+from moeforge.serve.memory import block_count, free_bytes, require_memory
 from moeforge.serve.ranks import Rank
 from moeforge.serve.runner import Runner
 from moeforge.serve.shard import ServingShard
@@ -94,7 +94,10 @@ def make_runner(settings: EngineConfig, model: str, layout: Layout, rank: Rank) 
     """Loads what a rank holds. Raises UserError where it does not fit."""
     config, checkpoint = _described(settings, model)
     dtype = named_dtype(settings.dtype) if checkpoint is None else pick_dtype(settings.dtype, checkpoint)
-    require_memory(config, layout, rank.index, dtype, rank.device)
+    free = free_bytes(rank.device)
+    if rank.device.type == "cpu":  # one memory for all: looked at before any of them takes of it
+        free = rank.least(free)
+    require_memory(config, layout, rank.index, dtype, rank.device, free)
     if checkpoint is None or settings.load_format == "dummy":
         loaded = dummy_rank(config, layout, rank.index, dtype, rank.device)
     else:

@@ -23,15 +23,21 @@ def weight_bytes(config: ModelConfig, layout: Layout, rank: int, dtype: torch.dt
     return sum(part.numel for part in parameter_parts(config, layout, 0, rank, rank).values()) * dtype.itemsize
 
 
-def require_memory(config: ModelConfig, layout: Layout, rank: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises UserError, before anything is loaded, if a rank's weights do not fit into what is free."""
-    needed, free = weight_bytes(config, layout, rank, dtype), free_bytes(device)
-    free //= layout.tp if device.type == "cpu" else 1
+def require_memory(
+    config: ModelConfig, layout: Layout, rank: int, dtype: torch.dtype, device: torch.device, free: int
+) -> None:
+    """Raises UserError if a rank's weights do not fit into the `free` bytes of its GPU; on CPU, all ranks' together."""
+    size = str(dtype).removeprefix("torch.")
+    if device.type == "cpu":
+        needed = sum(weight_bytes(config, layout, index, dtype) for index in range(layout.tp))
+        where, remedy = "in all", "a narrower dtype or a smaller model fits"
+    else:
+        needed, where = weight_bytes(config, layout, rank, dtype), f"on rank {rank} of {layout.tp}"
+        remedy = "more ranks (tensor_parallel_size), a narrower dtype or a smaller model fit"
     if needed > free:
         raise UserError(
-            f"the model's weights need {needed / 1e9:.2f} GB on rank {rank} of {layout.tp} in "
-            f"{str(dtype).removeprefix('torch.')}, and {free / 1e9:.2f} GB are free there; more ranks "
-            "(tensor_parallel_size), a narrower dtype or a smaller model fit: `moeforge plan serve` shows which"
+            f"the model's weights need {needed / 1e9:.2f} GB {where} in {size}, and {free / 1e9:.2f} GB are free "
+            f"there; {remedy}: `moeforge plan serve` shows which"
         )
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
-
 from moeforge.errors import UserError
 
 Message = dict[str, Any]
@@ -17,8 +15,8 @@ def encode(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[i
     return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
 
-def render_chat(tokenizer: Any, conversation: Sequence[Message]) -> str:
-    """The text of a conversation up to where the assistant answers, by the checkpoint's template.
+def render_chat(tokenizer: Any, conversation: Sequence[Message], **options: Any) -> str:
+    """The text of a conversation up to where the assistant answers, by the checkpoint's template and its `options`.
 
     transformers renders in a sandbox that reaches nothing outside the messages. Raises UserError where there is no
     template, or it refuses the conversation.
@@ -26,6 +24,8 @@ def render_chat(tokenizer: Any, conversation: Sequence[Message]) -> str:
     if not tokenizer.chat_template:
         raise UserError("chat: the model's tokenizer has no chat template; give a plain prompt instead")
     try:
-        return str(tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True))
-    except (jinja2.TemplateError, TypeError, KeyError) as error:
+        return str(
+            tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True, **options)
+        )
+    except Exception as error:  # a template is code, and may raise anything
         raise UserError(f"chat: the chat template refuses the conversation ({error})") from error

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import httpx
 import openai
-import pytest
 
 from moeforge.serve import LLM, SamplingParams
 

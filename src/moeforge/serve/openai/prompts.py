@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
+from moeforge.errors import UserError
 from moeforge.serve.openai.errors import ApiError, bad_request, shown
+from moeforge.serve.prompt import encode, render_chat
 
 _ON_LOOP = 4096  # characters that are tokenised in place: a millisecond or two, less than a thread is worth
 T = TypeVar("T")
@@ -70,21 +72,13 @@ class Prompts:
         return self._tokenizer
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        encoded = self._needed()(text, add_special_tokens=add_special_tokens, verbose=False)
-        return list(encoded["input_ids"])
+        return encode(self._needed(), text, add_special_tokens)
 
     def _render(self, conversation: list[dict[str, str]], options: dict[str, Any]) -> str:
-        tokenizer = self._needed()
-        if not tokenizer.chat_template:
-            raise bad_request("messages: the model has no chat template; use /v1/completions", "messages")
         try:
-            # transformers renders in jinja2's immutable sandbox.
-            return str(
-                tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **options)
-            )
-        except Exception as error:  # a template is a program: any error in it is its way to refuse
-            message = shown(f"messages: the model's chat template refuses them ({error})", 300)
-            raise bad_request(message, "messages") from error
+            return render_chat(self._needed(), conversation, **options)
+        except UserError as error:
+            raise bad_request(shown(str(error), 300), "messages") from error
 
     def _checked(self, prompt: Prompt, param: str, room: int | None) -> Prompt:
         count, limit = len(prompt.ids), self.max_model_len

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from moeforge.bench import serve_process
@@ -136,26 +138,28 @@ def test_errors_are_counted_not_raised(serving: Callable[[Answer], str]) -> None
 
 
 def test_nobody_there() -> None:
-    with pytest.raises(RunError, match="serves no model"):
-        Load(f"http://127.0.0.1:{serve_process.free_port()}", 50, 7, 3)
+    with socket.socket() as bound:  # and not listening
+        bound.bind(("127.0.0.1", 0))
+        with pytest.raises(RunError, match="serves no model"):
+            Load(f"http://127.0.0.1:{bound.getsockname()[1]}", 50, 7, 3)
 
 
 def test_a_server_process_lasts_as_long_as_its_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "moeforge").mkdir()
     (tmp_path / "moeforge" / "__init__.py").touch()
     (tmp_path / "moeforge" / "__main__.py").write_text(
-        "import http.server, sys\n"
+        "import http.server, json, sys\n"
         "if sys.argv[2] == 'bad': sys.exit('moeforge: error: no such model')\n"
-        "class Handler(http.server.BaseHTTPRequestHandler):\n"
-        "    def do_GET(self):\n"
-        "        self.send_response(200 if self.path == '/health' else 404); self.end_headers()\n"
-        "http.server.HTTPServer(('127.0.0.1', int(sys.argv[-1])), Handler).serve_forever()\n"
+        "server = http.server.HTTPServer(('127.0.0.1', int(sys.argv[4])), http.server.BaseHTTPRequestHandler)\n"
+        "print(json.dumps({'url': f'http://127.0.0.1:{server.server_address[1]}', 'asked': sys.argv}), flush=True)\n"
+        "server.serve_forever()\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    with serve_process.server(["model"], timeout_seconds=60) as url:
-        assert serve_process._healthy(url)
-    assert not serve_process._healthy(url)
+    with serve_process.server(["model"]) as url:
+        assert httpx.get(url).status_code == 501  # it answers: it knows no GET
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)
     with (
         pytest.raises(RunError, match="the server ended: moeforge: error: no such model"),
         serve_process.server(["bad"]),

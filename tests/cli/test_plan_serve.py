@@ -127,6 +127,17 @@ def test_the_table_says_what_matters(capsys: pytest.CaptureFixture[str], monkeyp
     assert "--gpus 2xh200 (141,904 KV tokens)" in text
 
 
+def test_the_table_says_that_fp8_weights_cannot_be_served(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "cannot load FP8 weights yet"
+    for arguments, told in (
+        (["skywork-moe", "--gpus", "8x4090", "--weights", "fp8"], True),
+        (["skywork-moe", "--gpus", "8x4090"], True),  # where they are the advice
+        (["olmoe-1b-7b", "--gpus", "1x4090"], False),
+    ):
+        assert main(["plan", "serve", *arguments]) == 0
+        assert (line in " ".join(capsys.readouterr().out.split())) == told
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moeforge.kernels import swiglu
+from moeforge.kernels import swiglu, swiglu_invariant
 from moeforge.kernels.swiglu import swiglu_backward, swiglu_forward
 
 
@@ -30,3 +30,17 @@ def test_saturated_gates_stay_finite() -> None:
     out.sum().backward()
     torch.testing.assert_close(out, torch.tensor([[0.0, 3e4]]))
     torch.testing.assert_close(h.grad, torch.tensor([[0.0, 3.0, 0.0, 1e4]]))
+
+
+@pytest.mark.parametrize("columns", [24, 48, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_in_any_company_and_with_any_threads(columns: int, dtype: torch.dtype) -> None:
+    threads = torch.get_num_threads()
+    h = torch.randn(2000, 2 * columns).to(dtype)
+    try:
+        torch.set_num_threads(3)
+        together = swiglu_invariant(h)
+    finally:
+        torch.set_num_threads(threads)
+    for begin, end in ((0, 1), (5, 6), (1000, 1017), (1, 2000)):
+        assert torch.equal(swiglu_invariant(h[begin:end]), together[begin:end])

@@ -237,15 +237,15 @@ from moeforge.serve.ranks import TensorParallelRunner
 from moeforge.serve.step import SequenceStep, StepBatch
 layout = serving_layout(ModelConfig(37, 32, 3, 6, 3, 8, 80), 3)
 runner = TensorParallelRunner(EngineConfig(device="cpu"), {json.dumps(orders)!r}, layout, fake_runner.odd)
-print(runner._directory, *(worker.pid for worker in runner._workers), file=sys.stderr, flush=True)
+print(runner._directory, *(worker.pid for worker in runner._workers), flush=True)
 runner.forward(StepBatch((SequenceStep((1,), 0, (0,), True),)))
 import time; time.sleep(3600)
 """)
-    leader = subprocess.Popen([sys.executable, tmp_path / "leader.py"], stderr=subprocess.PIPE, text=True)
-    assert leader.stderr is not None
+    leader = subprocess.Popen([sys.executable, tmp_path / "leader.py"], stdout=subprocess.PIPE, text=True)
+    assert leader.stdout is not None
     directory, pids = Path(), list[int]()
-    while len(pids) != 2:  # other lines are the runners' own
-        line = leader.stderr.readline()
+    while len(pids) != 2:  # rank 0 says other things too; the other ranks write to standard error
+        line = leader.stdout.readline()
         assert line
         words = line.split()
         directory, pids = Path(words[0]), [int(word) for word in words if word.isdecimal()]
@@ -253,7 +253,7 @@ import time; time.sleep(3600)
     time.sleep(0.5)  # the workers are in a sum that rank 0 does not come to, or wait
     leader.kill()
     leader.wait()
-    leader.stderr.close()
+    leader.stdout.close()
     assert all(gone(pid, 2) for pid in pids)
     assert not directory.exists()
 

@@ -52,7 +52,7 @@ def runner_of(model: Transformer, block_size: int, fp8: bool = False, determinis
     layout = Layout.single(model.config)
     shard = ServingShard(single_group(), layout, deterministic)
     dispatcher = ServingDispatcher(shard, layout.expert_ranks[0], deterministic)
-    return Runner(model.prepare(deterministic), cache, shard, dispatcher, deterministic)
+    return Runner(model.prepare(64, deterministic), cache, shard, dispatcher, deterministic)
 
 
 def single_group() -> Group:
@@ -150,6 +150,16 @@ def test_fp8_pages_are_close_and_saturate() -> None:
     k, v = cache.read(0, torch.tensor([1]))
     assert k[0, 1].eq(448).all() and v[0, 1].eq(-448).all()
     assert cache.layers[0].element_size() == 1
+
+
+def test_fp8_pages_give_the_same_however_a_prompt_is_cut() -> None:
+    text = [1, *range(9, 29)]
+    at_once = runner_of(build(None, 2, True, torch.float32), 4, fp8=True)
+    ((_, expected),) = run(at_once, [text], [[21]], 4)
+    for cuts in ([4, 21], [7, 13, 21], [20, 21]):
+        in_pieces = runner_of(build(None, 2, True, torch.float32), 4, fp8=True)
+        *_, (_, logits) = run(in_pieces, [text], [cuts], 4)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_steps_travel_as_integers() -> None:

@@ -55,7 +55,7 @@ def test_prepared_weights(name: str) -> None:
     whole = random_model(family(name), torch.float32)
     layout = serving_layout(whole.config, 5)
     inputs = random_inputs(whole.config)
-    ranks = VirtualRanks([cut(whole, layout, rank).prepare() for rank in range(5)], layout)
+    ranks = VirtualRanks([cut(whole, layout, rank).prepare(whole.config.max_positions) for rank in range(5)], layout)
     with torch.inference_mode():
         found = ranks.logits(ranks.forward(*inputs, [DenseAttention(2, 9) for _ in range(5)]))
     torch.testing.assert_close(found, logits_of(whole, *inputs), rtol=1e-4, atol=1e-4)

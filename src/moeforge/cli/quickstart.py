@@ -183,8 +183,8 @@ def _generate(final: Path) -> dict[str, Any]:
 
 def _chat(final: Path, console: Console) -> dict[str, Any]:
     """One question to the model's own server, if the model can chat and the server's packages are here."""
-    from moeforge.checkpoint import open_checkpoint
     from moeforge.bench.serve_process import server
+    from moeforge.checkpoint import open_checkpoint
     from moeforge.cli.serve import missing_packages
 
     if missing := missing_packages():

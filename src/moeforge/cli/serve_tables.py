@@ -106,4 +106,6 @@ def _notes(result: dict[str, Any]) -> list[str]:
             f"all-reduces assume {result['bus_gbytes_per_second']:g} GB/s and {result['all_reduce_latency_us']:g} us; "
             "no host time; experts evenly used"
         )
+    if result["weights"] == "fp8" or any("--weights fp8" in remedy["options"] for remedy in result["would_fit"]):
+        notes.append("moeforge serve cannot load FP8 weights yet: for now, --weights fp8 only plans")
     return notes

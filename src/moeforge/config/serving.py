@@ -67,8 +67,8 @@ class EngineConfig:
         )
         for name in at_least_one:
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} = {value}: must be at least 1")
+            if value is not None and (type(value) is not int or value < 1):
+                raise UserError(f"{name} = {value}: must be a whole number, at least 1")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise UserError(f"gpu_memory_utilization = {self.gpu_memory_utilization}: must be above 0 and at most 1")
         for name, allowed in (("kv_cache_dtype", ("auto", "fp8")), ("load_format", ("auto", "dummy"))):

@@ -11,7 +11,7 @@ from moeforge.kernels.linear import PreparedWeight, Weight, linear
 from moeforge.kernels.norm import rms_norm
 from moeforge.kernels.permute import Permutation, combine, expert_permutation, gather, row_alignment
 from moeforge.kernels.rope import rotate
-from moeforge.kernels.swiglu import swiglu
+from moeforge.kernels.swiglu import swiglu, swiglu_invariant
 
 __all__ = [
     "Gate",
@@ -32,4 +32,5 @@ __all__ = [
     "rotate",
     "row_alignment",
     "swiglu",
+    "swiglu_invariant",
 ]

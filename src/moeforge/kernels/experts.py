@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeforge.kernels.linear import PreparedWeight
-from moeforge.kernels.swiglu import swiglu, swiglu_backward, swiglu_forward
+from moeforge.kernels.swiglu import swiglu, swiglu_backward, swiglu_forward, swiglu_invariant
 
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,26 +47,23 @@ class _ExpertMLP(torch.autograd.Function):
 
 
 class PreparedExperts:
-    """Experts for inference: gate, up and down weight of each one, prepared (see `PreparedWeight`).
+    """Experts for inference: the weights of each one, prepared (see `PreparedWeight`).
 
     w13 [E, 2F, D] gate rows first, w2 [E, D, F].
     """
 
     def __init__(self, w13: Tensor, w2: Tensor, deterministic: bool = False) -> None:
-        def prepared(weights: Sequence[Tensor]) -> list[PreparedWeight]:
-            return [PreparedWeight(weight.contiguous(), deterministic) for weight in weights]
-
-        gates, ups = w13.chunk(2, dim=1)
-        self._gates, self._ups, self._downs = (prepared(w.unbind()) for w in (gates, ups, w2))
+        self._activation = swiglu_invariant if deterministic else swiglu_forward
+        self._w13 = [PreparedWeight(weight, deterministic) for weight in w13.unbind()]
+        self._w2 = [PreparedWeight(weight, deterministic) for weight in w2.unbind()]
 
     def __call__(self, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
         """As `expert_mlp`. Reads the offsets on the host, so it is for the CPU."""
         out = torch.empty_like(x_RD)
         begin = 0
-        for gate, up, down, end in zip(self._gates, self._ups, self._downs, offsets_E.tolist(), strict=True):
+        for w13, w2, end in zip(self._w13, self._w2, offsets_E.tolist(), strict=True):
             if end > begin:
-                x = x_RD[begin:end]
-                out[begin:end] = down.linear(gate.linear(x, activation="swish").mul_(up.linear(x)))
+                out[begin:end] = w2.linear(self._activation(w13.linear(x_RD[begin:end])))
             begin = end
         return out
 

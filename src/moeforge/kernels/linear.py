@@ -6,8 +6,6 @@ weights are kept in oneDNN's own arrangement.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,29 +15,29 @@ TILE_ROWS = 16
 
 
 class PreparedWeight:
-    """A weight [N, K] for inference: packed where oneDNN can, else as it is.
+    """A weight [N, K] for inference: packed where oneDNN can and `pack` asks for it, else as it is. Of a few rows the
+    call costs more than arranging them.
 
     `deterministic`: all calls are made of TILE_ROWS rows, so that the bits of a row do not depend on how many others
     there are. The weight given may be freed where `packed` is true.
     """
 
-    def __init__(self, weight: Tensor, deterministic: bool = False) -> None:
+    def __init__(self, weight: Tensor, deterministic: bool = False, pack: bool = True) -> None:
         self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
         self.deterministic = deterministic
-        self.packed = can_pack(weight)
+        self.packed = pack and can_pack(weight)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight
 
-    def linear(self, x: Tensor, bias: Tensor | None = None, activation: Literal["none", "swish"] = "none") -> Tensor:
-        """activation(x W^T + bias); x [R, K] -> [R, N]."""
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + bias; x [R, K] -> [R, N]."""
         if not self.deterministic:
-            return self._call(x, bias, activation)
-        return torch.cat([self._call(tile, bias, activation) for tile in _tiles(x)])[: x.shape[0]]
+            return self._call(x, bias)
+        return torch.cat([self._call(tile, bias) for tile in _tiles(x)])[: x.shape[0]]
 
-    def _call(self, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    def _call(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self._weight, bias, activation, [], "")
-        y = F.linear(x, self._weight, bias)
-        return F.silu(y) if activation == "swish" else y
+            return torch.ops.mkldnn._linear_pointwise.default(x, self._weight, bias, "none", [], "")
+        return F.linear(x, self._weight, bias)
 
 
 Weight = Tensor | PreparedWeight

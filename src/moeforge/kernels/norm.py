@@ -5,24 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moeforge.kernels.precision import widen
 
 
-def _normalized(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    wide = widen(x)
-    rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
-    rstd.div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (wide * rstd).to(x.dtype).mul_(weight), rstd
-
-
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out, rstd = _normalized(x, weight, eps)
+        wide = widen(x)
+        rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        rstd.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
-        return out
+        return (wide * rstd).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -39,5 +35,5 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x [..., D], weight [D] (Zhang & Sennrich 2019)."""
     if not torch.is_grad_enabled():  # an autograd function costs as much as what it does to a few rows
-        return _normalized(x, weight, eps)[0]
+        return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
     return _RMSNorm.apply(x, weight, eps)

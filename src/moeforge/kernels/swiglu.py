@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_SERIAL = 32_767
+
 
 def swiglu_forward(h: Tensor) -> Tensor:
     """silu(h[..., :F]) * h[..., F:] without autograd; h [..., 2F]."""
@@ -30,6 +32,15 @@ def swiglu_backward(h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return activation.mul_(up), out
 
 
+def swiglu_invariant(h: Tensor) -> Tensor:
+    """`swiglu_forward` whose bits in a row do not depend on the other rows.
+
+    Elementwise loops of 32,768 elements and more are divided over threads anywhere, and the ends of a thread's part are
+    computed by other instructions; so it goes in smaller parts, of whole rows.
+    """
+    return torch.cat([swiglu_forward(part) for part in h.split(max(1, _SERIAL // (h.shape[-1] // 2 or 1)))])
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:
@@ -43,4 +54,4 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(h: Tensor) -> Tensor:
     """silu(h[..., :F]) * h[..., F:]; only h [..., 2F] is kept for the backward."""
-    return _SwiGLU.apply(h)
+    return _SwiGLU.apply(h) if torch.is_grad_enabled() else swiglu_forward(h)

@@ -105,7 +105,7 @@ class Router(nn.Module):
 
     def prepare(self, deterministic: bool) -> None:
         """Keep the weight as inference wants it, and only so."""
-        self.prepared = PreparedWeight(widen(self.weight.detach()), deterministic)
+        self.prepared = PreparedWeight(widen(self.weight.detach()), deterministic, pack=False)
         del self.weight
 
     def forward(self, x_tD: Tensor, context: ForwardContext) -> tuple[Tensor, Routing]:

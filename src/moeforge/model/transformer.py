@@ -43,7 +43,9 @@ class Transformer(nn.Module):
         self.head: Head | None = None
         self.layers = nn.ModuleDict()
         self.names = names
+        self._units: dict[str, nn.Module] = {}  # found once: a look-up by name takes as long as a small unit's work
         self._prepared_output: PreparedWeight | None = None
+        self._angles: tuple[Tensor, Tensor] | None = None  # of all positions
 
         def size(span: tuple[int, int]) -> int:
             return span[1] - span[0]
@@ -74,7 +76,9 @@ class Transformer(nn.Module):
     def units(self) -> Iterator[tuple[str, nn.Module]]:
         """(global name, module) in order."""
         for name in self.names:
-            yield name, self.get_submodule(name)
+            if name not in self._units:
+                self._units[name] = self.get_submodule(name)
+            yield name, self._units[name]
 
     @torch.no_grad()
     def reset_parameters(self, std: float = 0.02) -> None:
@@ -91,11 +95,13 @@ class Transformer(nn.Module):
                 module.reset_parameters(std)
 
     @torch.no_grad()
-    def prepare(self, deterministic: bool = False) -> Transformer:
-        """For inference alone: keep weights as matmuls of few rows want them. Returns itself.
+    def prepare(self, positions: int, deterministic: bool = False) -> Transformer:
+        """For inference alone, up to so many positions: keep weights as matmuls of few rows want them. Returns itself.
 
         `deterministic`: a token's bits do not depend on how many others are computed with it.
         """
+        first = next(self.parameters())
+        self._angles = rotary_angles(self.config, torch.arange(positions, device=first.device), first.dtype)
         for module in self.modules():
             if isinstance(module, (Linear, Experts, Router)):
                 module.prepare(deterministic)
@@ -117,8 +123,7 @@ class Transformer(nn.Module):
         if not self.names:
             assert hidden_tD is not None
             return hidden_tD.clone()
-        dtype = next(self.parameters()).dtype
-        rotary = rotary_angles(self.config, positions_T, dtype)
+        rotary = self.rotary(positions_T)
         x = hidden_tD
         for name, unit in self.units():
             if name == "embed":
@@ -131,6 +136,13 @@ class Transformer(nn.Module):
         assert x is not None
         # Pipeline schedules detach what a stage returns in place, which a view cannot bear.
         return x.clone() if x._is_view() else x
+
+    def rotary(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the positions, as `rotary_angles` gives them."""
+        if self._angles is None:
+            return rotary_angles(self.config, positions_T, next(self.parameters()).dtype)
+        cos, sin = self._angles
+        return cos[positions_T], sin[positions_T]
 
     @property
     def output_weight(self) -> Weight:

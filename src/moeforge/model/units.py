@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from moeforge.config.model import ModelConfig
-from moeforge.kernels import PreparedExperts, PreparedWeight, expert_mlp, linear, rms_norm, rotate, swiglu
+from moeforge.kernels import (
+    PreparedExperts,
+    PreparedWeight,
+    expert_mlp,
+    linear,
+    rms_norm,
+    rotate,
+    swiglu,
+    swiglu_invariant,
+)
 from moeforge.model.context import ForwardContext
 from moeforge.model.router import Router
 
@@ -104,7 +113,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x_TD: Tensor, rotary: Rotary, context: ForwardContext) -> Tensor:
         u_TD = context.shard.enter(rms_norm(x_TD, self.norm.weight, self.eps))
-        return x_TD + context.shard.leave(self.w2(swiglu(self.w13(u_TD))))
+        prepared = self.w13.prepared
+        activation = swiglu_invariant if prepared is not None and prepared.deterministic else swiglu
+        return x_TD + context.shard.leave(self.w2(activation(self.w13(u_TD))))
 
 
 class Experts(nn.Module):

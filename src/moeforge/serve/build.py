@@ -13,6 +13,7 @@ from moeforge.config.named import named_config
 from moeforge.config.section import expanded
 from moeforge.config.serving import EngineConfig
 from moeforge.errors import UserError
+from moeforge.heap import keep_freed_memory
 from moeforge.layout import Layout
 from moeforge.layout.serving import serving_layout
 from moeforge.serve.dispatcher import ServingDispatcher
@@ -83,15 +84,23 @@ def layout_of(settings: EngineConfig, config: ModelConfig) -> Layout:
 
 def length_limit(settings: EngineConfig, config: ModelConfig) -> int:
     """Most positions of a sequence. Raises UserError for more than the model has."""
-    positions = config.max_positions
+    positions, rope = config.max_positions, config.rope
+    if rope.kind == "dynamic":
+        # Beyond these its angles depend on the longest sequence that is computed, and keys are kept with older ones.
+        positions = min(positions, rope.original_max_positions or positions)
     wanted = settings.max_model_len or positions
     if wanted > positions:
-        raise UserError(f"max_model_len = {wanted}: must be between 1 and the model's {positions}")
+        why = " (its dynamic rope scaling is not served)" if positions < config.max_positions else ""
+        raise UserError(f"max_model_len = {wanted}: must be between 1 and the model's {positions}{why}")
     return wanted
 
 
 def make_runner(settings: EngineConfig, model: str, layout: Layout, rank: Rank) -> Runner:
     """Loads what a rank holds. Raises UserError where it does not fit."""
+    if settings.deterministic and rank.device.type != "cpu":
+        raise UserError("deterministic = true: is for device = cpu; a GPU's grouped matmuls cannot promise it")
+    if rank.device.type == "cpu":
+        keep_freed_memory()  # and huge pages for the weights, which are read whole at every step
     config, checkpoint = _described(settings, model)
     dtype = named_dtype(settings.dtype) if checkpoint is None else pick_dtype(settings.dtype, checkpoint)
     free = free_bytes(rank.device)
@@ -102,8 +111,8 @@ def make_runner(settings: EngineConfig, model: str, layout: Layout, rank: Rank) 
         loaded = dummy_rank(config, layout, rank.index, dtype, rank.device)
     else:
         loaded = load_rank(checkpoint, layout, rank.index, dtype, rank.device)
-    loaded.prepare(settings.deterministic)
     limit = length_limit(settings, config)
+    loaded.prepare(limit, settings.deterministic)
     blocks = rank.least(block_count(settings, config, layout, rank.index, dtype, rank.device, limit))
     groups = [end - begin for begin, end in layout.ranks[rank.index].kv_groups]
     fp8 = settings.kv_cache_dtype == "fp8"

@@ -8,12 +8,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moeforge.config.model import ModelConfig
 from moeforge.model import Dispatcher, ForwardContext, Shard, Transformer
 from moeforge.serve.kv_cache import KVCache
-from moeforge.serve.paged_attention import DecodeRows, PagedAttention, slots
+from moeforge.serve.paged_attention import GATHERED_POSITIONS, DecodeRows, PagedAttention, slots
 from moeforge.serve.step import StepBatch
 
 MOST_SEQUENCES = 256
+
+
+def can_capture(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether decode steps of this model never wait for the host: torch's grouped matmul does, but for bf16 on Hopper
+    and later."""
+    if device.type != "cuda":
+        return False
+    return config.moe is None or (dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0))
 
 
 class DecodeGraphs:
@@ -27,15 +36,25 @@ class DecodeGraphs:
     def __init__(self, model: Transformer, cache: KVCache, shard: Shard, dispatcher: Dispatcher) -> None:
         self.model, self.cache, self.shard, self.dispatcher = model, cache, shard, dispatcher
         self._captured: dict[tuple[int, int], _PaddedDecode] = {}
+        # One graph runs at a time, so they may all use the same memory.
+        self.pool = torch.cuda.graph_pool_handle() if cache.device.type == "cuda" else None
 
     def take(self, batch: StepBatch) -> bool:
         """Whether a step is one of those that are captured."""
         sequences = batch.sequences
-        return 0 < len(sequences) <= MOST_SEQUENCES and all(s.samples and len(s.tokens) == 1 for s in sequences)
+        if not 0 < len(sequences) <= MOST_SEQUENCES or not all(s.samples and len(s.tokens) == 1 for s in sequences):
+            return False
+        rows, pages = self._size(batch)
+        return rows * pages * self.cache.block_size <= GATHERED_POSITIONS
+
+    def _size(self, batch: StepBatch) -> tuple[int, int]:
+        """Sequences and pages that a step is padded to."""
+        pages = max(len(s.block_ids) for s in batch.sequences)
+        return _power_of_two(len(batch.sequences)), _power_of_two(pages)
 
     def forward(self, batch: StepBatch) -> Tensor:
         """Logits [R, V] of a step that it takes, valid until the next one of the same size."""
-        size = (_power_of_two(len(batch.sequences)), _power_of_two(max(len(s.block_ids) for s in batch.sequences)))
+        size = self._size(batch)
         if size not in self._captured:
             self._captured[size] = _PaddedDecode(*size, self)
         return self._captured[size].run(batch)
@@ -60,7 +79,7 @@ class _PaddedDecode:
                 self._step()
             torch.cuda.current_stream(device).wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, pool=graphs.pool):
                 self.logits_RV = self._step()
 
     def run(self, batch: StepBatch) -> Tensor:

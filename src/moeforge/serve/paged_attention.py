@@ -15,6 +15,9 @@ from torch import Tensor
 from moeforge.serve.kv_cache import KVCache
 from moeforge.serve.step import SequenceStep, StepBatch
 
+GATHERED_POSITIONS = 1 << 15
+"""Of the keys and values that are copied out of a layer's pages at once, padding included."""
+
 
 @dataclass
 class DecodeRows:
@@ -55,7 +58,7 @@ class PagedAttention:
         """That of a step."""
         device = cache.device
         decodes, chunks, row = [], [], 0
-        for span in _similar(batch.sequences):
+        for span in _similar(batch.sequences, GATHERED_POSITIONS // cache.block_size):
             widest = len(span[-1].block_ids)
             table = [[*s.block_ids, *[s.block_ids[-1]] * (widest - len(s.block_ids))] for s in span]
             decodes.append(
@@ -101,9 +104,10 @@ class PagedAttention:
         count, end = len(c.step.tokens), c.step.end
         grouped = q.shape[1] != k.shape[1]
         mask = None
+        # Rounded keys are always read back: what a token sees must not depend on how its sequence was cut into steps.
+        if c.step.begin or self.cache.fp8:
+            k, v = (x.flatten(0, 1)[:end] for x in self.cache.read(layer, c.blocks_P))
         if c.step.begin or (window is not None and window < end):
-            if c.step.begin:
-                k, v = (x.flatten(0, 1)[:end] for x in self.cache.read(layer, c.blocks_P))
             if window not in c.masks:
                 c.masks[window] = chunk_mask(c.step.begin, count, end, window, q)
             mask = c.masks[window]
@@ -186,13 +190,15 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
-def _similar(sequences: Sequence[SequenceStep]) -> list[list[SequenceStep]]:
-    """Spans of the sequences of one token: the longest has at most twice the pages of the shortest, and 4 more."""
+def _similar(sequences: Sequence[SequenceStep], pages: int) -> list[list[SequenceStep]]:
+    """Spans of the sequences of one token: the longest has at most twice the pages of the shortest, and 4 more; as many
+    as the longest has for each are at most `pages`, or there is but one."""
     spans: list[list[SequenceStep]] = []
     for step in sequences:
         if len(step.tokens) > 1:
             break
-        if not spans or len(step.block_ids) > 2 * len(spans[-1][0].block_ids) + 4:
+        widest = len(step.block_ids)
+        if not spans or widest > 2 * len(spans[-1][0].block_ids) + 4 or (len(spans[-1]) + 1) * widest > pages:
             spans.append([])
         spans[-1].append(step)
     return spans

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moeforge.model import Dispatcher, ForwardContext, Shard, Transformer
-from moeforge.serve.graphs import DecodeGraphs
+from moeforge.serve.graphs import DecodeGraphs, can_capture
 from moeforge.serve.kv_cache import KVCache
 from moeforge.serve.paged_attention import PagedAttention, TiledAttention
 from moeforge.serve.step import StepBatch
@@ -20,7 +20,7 @@ class Runner:
     ) -> None:
         self.model, self.cache, self.shard, self.dispatcher = model, cache, shard, dispatcher
         self.deterministic = deterministic
-        captured = cache.device.type == "cuda" and not deterministic
+        captured = can_capture(model.config, cache.dtype, cache.device)
         self._graphs = DecodeGraphs(model, cache, shard, dispatcher) if captured else None
 
     @property

@@ -14,7 +14,6 @@ from moeforge.kernels import linear
 from moeforge.kernels.precision import widen
 from moeforge.layout import Layout
 from moeforge.model import AttentionContext, ForwardContext, Transformer
-from moeforge.model.rotary import rotary_angles
 from moeforge.partition import Range
 from moeforge.serve.dispatcher import ServingDispatcher
 from moeforge.serve.shard import PartialShard
@@ -42,7 +41,7 @@ class VirtualRanks:
             ForwardContext(attention, dispatcher, shard)
             for attention, dispatcher, shard in zip(attentions, self._dispatchers, self._shards, strict=True)
         ]
-        rotary = rotary_angles(self.config, positions_T, next(self.ranks[0].parameters()).dtype)
+        rotary = self.ranks[0].rotary(positions_T)
         x = tokens_T
         for named in zip(*(rank.units() for rank in self.ranks), strict=True):
             units = [unit for _, unit in named]

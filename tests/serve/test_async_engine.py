@@ -20,6 +20,7 @@ from moeforge.serve import LLM, SamplingParams
 from moeforge.serve.async_engine import AsyncEngine, EngineDead, QueueFull, Stream
 from moeforge.serve.engine import Engine
 from moeforge.serve.outputs import CompletionOutput
+from moeforge.serve.sampling_params import StructuredOutputsParams
 
 from .recording import greedy, worker_processes
 
@@ -296,3 +297,115 @@ def test_an_idle_engine_costs_nothing(saved: Saved) -> None:
             return time.process_time() - before
 
     assert asyncio.run(run()) < 0.1
+
+
+def test_slow_schemas_hold_up_neither_other_requests_nor_each_other_for_ever(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        async with started(saved("llama")) as engine:
+            gate, make = threading.Event(), engine.engine.requests
+
+            def slow(key: str, prompt: Any, ids: list[int], params: SamplingParams, salt: bytes) -> Any:
+                if params.structured_outputs is not None:
+                    assert gate.wait(20)
+                    params = greedy(2)
+                return make(key, prompt, ids, params, salt)
+
+            monkeypatch.setattr(engine.engine, "requests", slow)
+            schema = SamplingParams(structured_outputs=StructuredOutputsParams(json_object=True))
+            asking = [asyncio.create_task(engine.submit("s", None, PROMPT, schema)) for _ in range(18)]
+            await asyncio.sleep(0)
+            with pytest.raises(QueueFull):
+                await engine.submit("one too many", None, PROMPT, schema)
+            assert len(await asyncio.wait_for(collect(await engine.submit("x", None, PROMPT, greedy(3))), 10)) == 3
+            asking.pop().cancel()
+            await asyncio.sleep(0.01)
+            asking.append(asyncio.create_task(engine.submit("s", None, PROMPT, schema)))
+            gate.set()
+            for stream in await asyncio.gather(*asking):
+                assert len(await collect(stream)) == 2
+
+    asyncio.run(run())
+
+
+def test_what_the_scheduler_refuses_ends_that_request_alone(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        async with started(saved("llama")) as engine:
+            add = engine.engine.add
+
+            def refuses(request: Any) -> None:
+                if len(request.prompt_token_ids) == 2 and request.index == 1:
+                    raise UserError("max_tokens = 9: does not fit")
+                add(request)
+
+            monkeypatch.setattr(engine.engine, "add", refuses)
+            other = await engine.submit("other", None, PROMPT, greedy(20))
+            refused = await engine.submit("x", None, [5, 6], SamplingParams(n=3, max_tokens=90, ignore_eos=True))
+            with pytest.raises(UserError, match="does not fit"):
+                await asyncio.wait_for(collect(refused), 10)
+            assert len(await collect(other)) == 20
+            await quiet(engine)
+            engine.engine.scheduler.check()
+            await asyncio.sleep(0.05)
+            assert engine.stats.requests_by_finish_reason == {"length": 1, "abort": 1}
+
+    asyncio.run(run())
+
+
+def test_a_fault_in_one_text_ends_that_request_alone(saved: Saved) -> None:
+    async def run() -> None:
+        async with started(saved("llama")) as engine:
+            make = engine.engine.requests
+
+            def with_fault(*arguments: Any) -> Any:
+                requests = make(*arguments)
+                if arguments[0].startswith("bad"):
+                    requests[0]._detokenizer = object()
+                return requests
+
+            engine.engine.requests = with_fault  # type: ignore[method-assign]
+            bad, good = [await engine.submit(name, None, PROMPT, greedy(9)) for name in ("bad", "good")]
+            ((last,),) = await asyncio.wait_for(collect(bad), 10)
+            assert last.finish_reason == "abort" and "AttributeError" in str(last.stop_reason)
+            assert len(await collect(good)) == 9 and engine.failed is None
+
+    asyncio.run(run())
+
+
+def test_an_abort_with_a_reason_is_told_also_to_a_late_reader(saved: Saved) -> None:
+    async def run() -> None:
+        async with started(saved("llama")) as engine:
+            stream = await engine.submit("x", None, PROMPT, greedy(90))
+            stream.abort("time is up")
+            with pytest.raises(EngineDead, match="time is up"):
+                await asyncio.wait_for(collect(stream), 5)
+
+    asyncio.run(run())
+
+
+def test_nothing_of_a_streams_past_is_kept(saved: Saved) -> None:
+    async def run() -> None:
+        async with started(saved("llama")) as engine:
+            made: list[Any] = []
+            make = engine.engine.requests
+            engine.engine.requests = lambda *a: made.extend(make(*a)) or made  # type: ignore[method-assign,func-returns-value]
+            await collect(await engine.submit("x", None, PROMPT, greedy(20, logprobs=2)))
+            assert made[0].output().text == "" and made[0].output().logprobs == []
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_does_not_outlive_close(saved: Saved) -> None:
+    async def run() -> None:
+        async with started(saved("llama"), tensor_parallel_size=2, max_model_len=96) as engine:
+            (pid,) = worker_processes()
+            reader = aiter(await engine.submit("x", None, PROMPT, greedy(90)))
+            await anext(reader)
+            os.kill(pid, signal.SIGSTOP)
+            begin = time.monotonic()
+            await engine.close()
+            assert time.monotonic() - begin < 20
+
+    asyncio.run(run())

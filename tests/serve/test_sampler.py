@@ -16,7 +16,7 @@ from moeforge.errors import RunError
 from moeforge.serve.grammar import compile_grammar
 from moeforge.serve.outputs import Sampled
 from moeforge.serve.request import Request
-from moeforge.serve.sampler import Sampler
+from moeforge.serve.sampler import Sampler, greatest
 from moeforge.serve.sampling_params import SamplingParams, StructuredOutputsParams
 
 V = 264
@@ -181,3 +181,18 @@ def test_structured_and_free_requests_in_one_batch(tokenizer: Any) -> None:
             value = json.loads(one.output().text)
             assert set(value) == {"name", "ok"} and len(value["name"]) <= 5 and isinstance(value["ok"], bool)
     assert sum(one.finish_reason == "stop" for i, one in enumerate(requests) if i % 4 != 1) >= 5
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 300), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), st.data())
+def test_the_greatest_is_the_first_of_the_greatest(width: int, dtype: torch.dtype, data: st.DataObject) -> None:
+    seed = data.draw(st.integers(0, 1000))
+    x = torch.randint(0, data.draw(st.sampled_from([2, 50, 10**6])), (4, width),
+                      generator=torch.Generator().manual_seed(seed)).to(dtype)  # fmt: skip
+    bad = data.draw(st.integers(0, width - 1))
+    x[1, bad] = math.nan
+    x[2, bad] = math.inf
+    x[3] = -math.inf
+    values, tokens = greatest(x)
+    assert values[0] == x[0].max() and tokens[0] == (x[0] == x[0].max()).nonzero()[0, 0]
+    assert values[1].isnan() and values[2] == math.inf and tokens[2] == bad and values[3] == -math.inf

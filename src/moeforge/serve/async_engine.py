@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 from moeforge.errors import RunError, UserError
 from moeforge.serve.engine import Engine
@@ -16,6 +20,10 @@ from moeforge.serve.request import Request
 from moeforge.serve.sampling_params import SamplingParams
 
 RETRY_AFTER_SECONDS = 1
+_COMPILERS, _SCHEMAS_WAITING = 2, 16  # schemas that are compiled at once, and that wait for it
+_STOP_SECONDS = 3.0  # for a step to end
+_CLOSE_SECONDS = 8.0  # for the other ranks to end, by force after five
+_POLL_SECONDS = 0.02
 
 
 class QueueFull(RunError):
@@ -28,6 +36,10 @@ class QueueFull(RunError):
 
 class EngineDead(RunError):
     """The engine failed, or is being shut down."""
+
+
+class EngineHangs(RunError):
+    """The engine's thread cannot be ended; only the end of the process can."""
 
 
 @dataclass(frozen=True)
@@ -51,33 +63,39 @@ class EngineStats:
 class Stream:
     """What comes of one prompt: lists of deltas, one list a step, until all continuations have ended.
 
-    Raises EngineDead where the engine dies before. Used in the loop that submitted it.
+    Raises EngineDead where the engine dies before, UserError where it refuses the request after all. Used in the loop
+    that submitted it.
     """
 
     def __init__(self, engine: AsyncEngine, key: str, continuations: int) -> None:
         self._engine, self._key = engine, key
         self._open = self.unfinished = continuations
-        self._queue: asyncio.Queue[list[CompletionDelta] | EngineDead] = asyncio.Queue()
+        self._queue: asyncio.Queue[list[CompletionDelta] | EngineDead | UserError] = asyncio.Queue()
 
-    def put(self, item: list[CompletionDelta] | EngineDead) -> None:
+    def put(self, item: list[CompletionDelta] | EngineDead | UserError) -> None:
         """Called by the engine, in the loop."""
-        if not isinstance(item, EngineDead):
+        if isinstance(item, list):
             self.unfinished -= sum(delta.finish_reason is not None for delta in item)
         self._queue.put_nowait(item)
 
     async def __aiter__(self) -> AsyncIterator[list[CompletionDelta]]:
         while self._open:
             item = await self._queue.get()
-            if isinstance(item, EngineDead):
+            if not isinstance(item, list):
                 raise item
             self._open -= sum(delta.finish_reason is not None for delta in item)
             yield item
 
-    def abort(self) -> None:
-        """End what still runs; the pages are free with the next step. Nothing where all has ended."""
+    def abort(self, reason: str | None = None) -> None:
+        """End what still runs; the pages are free with the next step. Nothing where all has ended.
+
+        With a reason, whoever reads the stream, now or later, gets it as an EngineDead.
+        """
         if self.unfinished:
             self.unfinished = 0
             self._engine.abort(self._key)
+            if reason is not None:
+                self.put(EngineDead(reason))
 
 
 class AsyncEngine:
@@ -101,7 +119,12 @@ class AsyncEngine:
         self._serial = count()
         self._prompt_tokens = self._generation_tokens = 0
         self._finished: Counter[str] = Counter()
+        # Daemons, which nothing waits for at the end without a limit: a rank may hang.
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._closer = threading.Thread(target=engine.close, name="engine-close", daemon=True)
+        # Few and their own: slow schemas hold up other schemas, and nothing else.
+        self._compilers = ThreadPoolExecutor(_COMPILERS, "schema")
+        self._schemas = 0  # that are compiled or wait for it
 
     def start(self) -> None:
         """Begin to work for the running loop."""
@@ -130,9 +153,13 @@ class AsyncEngine:
         self._require_room(params.n)
         # What is still on its way of an aborted request must not reach another of the same name.
         key = f"{request_id}.{next(self._serial)}"
-        # In another thread: a grammar may take its time.
-        requests = await asyncio.to_thread(self.engine.requests, key, prompt, prompt_token_ids, params, cache_salt)
-        self._require_room(params.n)
+        if params.structured_outputs is None:
+            requests = self.engine.requests(key, prompt, prompt_token_ids, params, cache_salt)
+        else:
+            requests = await self._compiled(key, prompt, prompt_token_ids, params, cache_salt)
+            self._require_room(params.n)
+        for request in requests:
+            request.keeps_history = False
         with self._news:
             stream = self._streams[key] = Stream(self, key, len(requests))
             self._idle.clear()
@@ -153,12 +180,21 @@ class AsyncEngine:
         self._draining = True
         if self._thread.is_alive():
             await self._idle.wait()
+        await self.close()
+
+    async def close(self) -> None:
+        """End the thread and all processes within seconds, whatever they do. Raises EngineHangs where that fails."""
+        self._draining = True
         with self._news:
             self._stopped = True
             self._news.notify()
-        if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
-        await asyncio.to_thread(self.engine.close)
+        self._compilers.shutdown(wait=False, cancel_futures=True)
+        await _ended(self._thread, _STOP_SECONDS)
+        if self._closer.ident is None:
+            self._closer.start()
+        closed = await _ended(self._closer, _CLOSE_SECONDS)  # which also wakes a step that waits for another rank
+        if not await _ended(self._thread, _STOP_SECONDS) or not closed:
+            raise EngineHangs("the engine does not stop: a rank hangs")
 
     def fail(self, message: str) -> None:
         """The engine is lost: every stream is told so. Called in any thread."""
@@ -182,6 +218,16 @@ class AsyncEngine:
         if waiting + requests > room:
             raise QueueFull(waiting)
 
+    async def _compiled(self, *arguments: Any) -> list[Request]:
+        if self._schemas >= _COMPILERS + _SCHEMAS_WAITING:
+            raise QueueFull(self._schemas)
+        self._schemas += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._compilers, self.engine.requests, *arguments)
+        finally:
+            self._schemas -= 1
+
     # In the engine's thread.
 
     def _run(self) -> None:
@@ -200,18 +246,23 @@ class AsyncEngine:
 
     def _take_in(self) -> int:
         """Does what is in the inbox; how many requests it held."""
-        taken = 0
+        taken, refused = 0, set[str]()
         while self._inbox:
             item = self._inbox.popleft()
             if isinstance(item, str):
                 self._finished["abort"] += len(self.engine.abort(item))
                 continue
             taken += 1
+            if item.request_id in refused:
+                continue
             try:
                 self.engine.add(item)
                 self._prompt_tokens += len(item.prompt_token_ids)
-            except Exception as error:  # what `submit` should have found
-                self._in_loop(self._refuse, item.request_id, str(error))
+            except Exception as error:  # what fits into no cache, and what `submit` should have found
+                refused.add(item.request_id)
+                self._finished["abort"] += len(self.engine.abort(item.request_id))
+                told = error if isinstance(error, UserError) else EngineDead(str(error))
+                self._in_loop(self._refuse, item.request_id, told)
         return taken
 
     def _hand_out(self, ran: list[Request], taken: int) -> None:
@@ -242,7 +293,8 @@ class AsyncEngine:
 
     def _in_loop(self, call: Callable[..., None], *arguments: object) -> None:
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(call, *arguments)
+        with suppress(RuntimeError):  # a step that ends after the loop has
+            self._loop.call_soon_threadsafe(call, *arguments)
 
     # In the loop.
 
@@ -255,10 +307,10 @@ class AsyncEngine:
                 if not stream.unfinished:
                     self._forget(request_id)
 
-    def _refuse(self, request_id: str, message: str) -> None:
+    def _refuse(self, request_id: str, error: EngineDead | UserError) -> None:
         stream = self._streams.get(request_id)
         if stream is not None:
-            stream.put(EngineDead(message))
+            stream.put(error)
             self._forget(request_id)
 
     def _end_streams(self, message: str) -> None:
@@ -271,3 +323,11 @@ class AsyncEngine:
         self._streams.pop(key, None)
         if not self._streams:
             self._idle.set()
+
+
+async def _ended(thread: threading.Thread, seconds: float) -> bool:
+    """Whether a thread ends, or never began, within so long. Polled: a join would need a thread that may not end."""
+    deadline = time.monotonic() + seconds
+    while thread.is_alive() and time.monotonic() < deadline:
+        await asyncio.sleep(_POLL_SECONDS)
+    return not thread.is_alive()

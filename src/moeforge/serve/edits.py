@@ -1,6 +1,6 @@
 """Changes to logits before a token is chosen: grammar, min_tokens, logit_bias, penalties.
 
-Legend: E edited rows, g those with a grammar, V vocabulary.
+Legend: R rows, g those with a grammar, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,38 +23,34 @@ def edited(request: Request) -> bool:
 
 
 class Edits:
-    """Edits the logits of the same requests again and again. `penalties` follows those of them with penalties."""
+    """Edits the logits of the same requests again and again. `penalties` follows these."""
 
     def __init__(
         self, requests: Sequence[Request], penalties: Penalties, vocab_size: int, device: torch.device
     ) -> None:
-        self._requests, self._penalties = requests, penalties
-        self._vocab_size, self._device = vocab_size, device
+        self._requests, self._vocab_size, self._device = requests, vocab_size, device
         grammar = [row for row, request in enumerate(requests) if request.grammar is not None]
         self._grammars = [requests[row].grammar for row in grammar]
         self._grammar_rows = self._tensor(grammar)
-        self._minus_infinity = torch.full((), -math.inf, device=device)
         self._bits = torch.arange(32, dtype=torch.int32, device=device)
-        # Rows that may not end yet, in Python and on the device, and their ends: place among those rows, token.
+        # Rows that may not end yet, and where their ends are: row, token.
         self._barred: list[int] = []
-        self._barred_rows = self._barred_at = self._tensor([])
+        self._barred_at = self._tensor([])
         bias = [(row, *pair) for row, r in enumerate(requests) for pair in (r.params.logit_bias or {}).items()]
         self._bias_at = self._tensor([[row for row, _, _ in bias], [token for _, token, _ in bias]])
         self._bias = host_tensor([value for _, _, value in bias], torch.float32, device)
-        self._penalized_rows = self._tensor([row for row, r in enumerate(requests) if r.params.penalizes])
+        self._penalties = penalties if any(request.params.penalizes for request in requests) else None
 
-    def apply(self, logits_EV: Tensor) -> None:
-        """Changes the logits (float32) in place."""
+    def apply(self, logits_RV: Tensor) -> None:
+        """Changes the logits (float32, contiguous) in place."""
         if self._grammars:
-            masked_gV = logits_EV[self._grammar_rows].where(self._allowed(), -math.inf)
-            logits_EV[self._grammar_rows] = masked_gV
-        self._bar_ends(logits_EV)
+            masked_gV = logits_RV[self._grammar_rows].where(self._allowed(), -math.inf)
+            logits_RV[self._grammar_rows] = masked_gV
+        self._bar_ends(logits_RV)
         if len(self._bias):
-            logits_EV[self._bias_at[0], self._bias_at[1]] += self._bias
-        if len(self._penalized_rows):
-            penalized_PV = logits_EV[self._penalized_rows]
-            self._penalties.apply(penalized_PV)
-            logits_EV[self._penalized_rows] = penalized_PV
+            logits_RV[self._bias_at[0], self._bias_at[1]] += self._bias
+        if self._penalties is not None:
+            self._penalties.apply(logits_RV)
 
     def _allowed(self) -> Tensor:
         masks = [grammar.mask() for grammar in self._grammars if grammar is not None]
@@ -63,21 +59,20 @@ class Edits:
             words = words.pin_memory().to(self._device, non_blocking=True)
         return ((words[:, :, None] >> self._bits) & 1).bool().flatten(1)[:, : self._vocab_size]
 
-    def _bar_ends(self, logits_EV: Tensor) -> None:
+    def _bar_ends(self, logits_RV: Tensor) -> None:
         barred = [row for row, r in enumerate(self._requests) if r.num_output_tokens < r.params.min_tokens]
         if not barred:
             return
         if barred != self._barred:
-            ends = [
-                (at, end) for at, row in enumerate(barred) for end in self._requests[row].ends if end < self._vocab_size
-            ]
-            self._barred, self._barred_rows = barred, self._tensor(barred)
-            self._barred_at = self._tensor([[at for at, _ in ends], [end for _, end in ends]])
-        logits_bV = logits_EV[self._barred_rows]
-        without_bV = logits_bV.index_put((self._barred_at[0], self._barred_at[1]), self._minus_infinity)
+            ends = [(row, end) for row in barred for end in self._requests[row].ends if end < self._vocab_size]
+            self._barred = barred
+            self._barred_at = self._tensor([[row for row, _ in ends], [end for _, end in ends]])
+        rows, ends = self._barred_at
+        before = logits_RV[rows, ends]
+        logits_RV[rows, ends] = torch.full_like(before, -math.inf)
         # Where the grammar lets only the end follow, it does.
-        others_b1 = without_bV.amax(-1, keepdim=True) > -math.inf
-        logits_EV[self._barred_rows] = torch.where(others_b1, without_bV, logits_bV)
+        others_R = logits_RV.amax(-1) > -math.inf
+        logits_RV[rows, ends] = before.where(~others_R[rows], -math.inf)
 
     def _tensor(self, values: object) -> Tensor:
         return host_tensor(values, torch.int64, self._device)

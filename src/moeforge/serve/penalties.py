@@ -1,6 +1,6 @@
 """Penalties for tokens that came before.
 
-Legend: P requests with penalties, V vocabulary.
+Legend: R rows (requests), V vocabulary, N different tokens of requests with penalties.
 """
 
 from __future__ import annotations
@@ -18,51 +18,50 @@ class Penalties:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size, self._device = vocab_size, device
         self._requests: list[Request] = []
-        self._counted: list[int] = []  # tokens of each that are counted
-        self._output_PV = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
-        self._seen_PV = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
+        # Of each request with penalties: how often each of its tokens was generated, and how many are counted.
+        self._times: dict[Request, dict[int, int]] = {}
+        self._counted: dict[Request, int] = {}
 
-    def apply(self, logits_PV: Tensor) -> None:
-        """Changes the logits (float32) of the followed requests in place, each row by its request's parameters."""
+    def apply(self, logits_RV: Tensor) -> None:
+        """Changes the logits (float32, contiguous) of the followed requests in place, each row by its parameters."""
         self._count()
-        scaled = torch.where(logits_PV > 0, logits_PV / self._repetition, logits_PV * self._repetition)
-        torch.where(self._seen_PV, scaled, logits_PV, out=logits_PV)
-        logits_PV -= self._frequency * self._output_PV
-        logits_PV -= self._presence * (self._output_PV > 0)
+        logits = logits_RV.view(-1)
+        x_N = logits[self._at_N]
+        repetition_N, frequency_N, presence_N = self._parameters[:, self._at_N // self._vocab_size]
+        x_N = torch.where(x_N > 0, x_N / repetition_N, x_N * repetition_N)
+        logits[self._at_N] = x_N - frequency_N * self._times_N - presence_N * (self._times_N > 0)
 
     def follow(self, requests: list[Request]) -> None:
-        """Follow these from now on. Those that stay keep their counts."""
-        rows = {request: row for row, request in enumerate(self._requests)}
-        stay = [(row, rows[request]) for row, request in enumerate(requests) if request in rows]
-        output, seen = self._output_PV, self._seen_PV
-        self._output_PV = output.new_zeros(len(requests), self._vocab_size)
-        self._seen_PV = seen.new_zeros(len(requests), self._vocab_size)
-        counted = [0] * len(requests)
-        if stay:
-            new, old = host_tensor(list(zip(*stay, strict=True)), torch.int64, self._device)
-            self._output_PV[new], self._seen_PV[new] = output[old], seen[old]
-            for row, before in stay:
-                counted[row] = self._counted[before]
-        self._requests, self._counted = requests, counted
-        if not requests:
-            return
+        """Follow these from now on; those without penalties only take a row. Those that stay keep their counts."""
+        self._requests = requests
+        penalized = [request for request in requests if request.params.penalizes]
+        self._times = {request: self._times.get(request, {}) for request in penalized}
+        self._counted = {request: self._counted.get(request, 0) for request in penalized}
         names = "repetition_penalty", "frequency_penalty", "presence_penalty"
         columns = [[getattr(request.params, name) for request in requests] for name in names]
-        self._repetition, self._frequency, self._presence = host_tensor(columns, torch.float32, self._device)[..., None]
+        self._parameters = host_tensor(columns, torch.float32, self._device)
+        # Where the logits of the tokens are, row * V + token, and how often each was generated.
+        self._at_N = host_tensor([], torch.int64, self._device)
+        self._times_N = host_tensor([], torch.float32, self._device)
+        self._places: dict[int, int] = {}
 
     def _count(self) -> None:
-        rows: list[int] = []
-        tokens: list[int] = []
-        generated: list[int] = []
-        for row, (request, begin) in enumerate(zip(self._requests, self._counted, strict=True)):
+        """Brings counts and tensors up to date; after `follow`, the tensors are made of all counts."""
+        changed: dict[int, int] = {}
+        anew = not self._places
+        for row, request in enumerate(self._requests):
+            if request not in self._times:
+                continue
+            times, begin = self._times[request], self._counted[request]
             new = request.all_token_ids[begin:]
-            rows += [row] * len(new)
-            tokens += new
             prompt = max(0, len(request.prompt_token_ids) - begin)
-            generated += [0] * prompt + [1] * (len(new) - prompt)
-            self._counted[row] += len(new)
-        if tokens:
-            at = host_tensor([rows, tokens], torch.int64, self._device)
-            added = host_tensor(generated, torch.int32, self._device)
-            self._output_PV.index_put_((at[0], at[1]), added, accumulate=True)
-            self._seen_PV.index_put_((at[0], at[1]), torch.ones_like(added, dtype=torch.bool))
+            for at, token in enumerate(new):
+                times[token] = times.get(token, 0) + (at >= prompt)
+            self._counted[request] = begin + len(new)
+            changed |= {row * self._vocab_size + token: times[token] for token in (times if anew else new)}
+        added = [at for at in changed if at not in self._places]
+        self._places |= {at: place for place, at in enumerate(added, len(self._places))}
+        self._at_N = torch.cat([self._at_N, host_tensor(added, torch.int64, self._device)])
+        self._times_N = torch.cat([self._times_N, self._times_N.new_zeros(len(added))])
+        places = host_tensor([self._places[at] for at in changed], torch.int64, self._device)
+        self._times_N[places] = host_tensor(list(changed.values()), torch.float32, self._device)

@@ -28,6 +28,7 @@ class Request:
     grammar           what the text must follow, this continuation's own copy
     all_token_ids     prompt and continuation; grows in place
     noise_key         what its draws come from, beside their positions
+    keeps_history     whether `output` will be asked for; where `take_delta` hands on everything, it is not
     block_ids, num_computed_tokens   its pages, and how many tokens they hold: the scheduler's
 
     Raises UserError for stop strings without a tokenizer.
@@ -47,6 +48,7 @@ class Request:
     noise_key: int = field(init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
     stop_reason: int | str | None = field(default=None, init=False)
+    keeps_history: bool = field(default=True, init=False)
     block_ids: list[int] = field(default_factory=list, init=False)
     num_computed_tokens: int = field(default=0, init=False)
 
@@ -86,8 +88,15 @@ class Request:
         """Take the next token and decide whether it was the last.
 
         The text of a token that ends the request is left out, like a stop string. A token that the grammar does not
-        allow, as its limits are exceeded, is not taken: then the request is aborted, and `stop_reason` says why.
+        allow, as its limits are exceeded, is not taken: then the request is aborted, and `stop_reason` says why. So it
+        is after any other fault in its text: no other request is to suffer for that.
         """
+        try:
+            self._append(sampled)
+        except Exception as error:
+            self.finish_reason, self.stop_reason = "abort", f"text: {type(error).__name__}: {error}"
+
+    def _append(self, sampled: Sampled) -> None:
         token = sampled.token
         ends = token in self.ends
         if not ends and self.grammar is not None and not self.grammar.accept(token):
@@ -95,7 +104,7 @@ class Request:
             return
         self.all_token_ids.append(token)
         self._new_sampled.append(sampled)
-        if self._logprobs is not None:
+        if self._logprobs is not None and self.keeps_history:
             self._logprobs.append(sampled)
         if ends:
             self._finish("stop", None if token in self._unnamed_ends else token)
@@ -122,7 +131,7 @@ class Request:
         return CompletionDelta(self.index, text, sampled, self.finish_reason, self.stop_reason)
 
     def output(self) -> CompletionOutput:
-        """Everything so far; the text is that of all deltas together."""
+        """Everything so far, where `keeps_history`; the text is that of all deltas together."""
         return CompletionOutput(
             self.index,
             "".join(self._text),
@@ -142,7 +151,8 @@ class Request:
 
     def _add_text(self, text: str) -> None:
         if text:
-            self._text.append(text)
+            if self.keeps_history:
+                self._text.append(text)
             self._new_text.append(text)
 
     def _finish(self, finish_reason: FinishReason, stop_reason: int | str | None = None) -> None:

@@ -30,25 +30,30 @@ class FakeStream:
         self._engine, self._ids, self._params = engine, prompt_token_ids, params
         self.aborted = self.ended = False
 
-    def abort(self) -> None:
+    def abort(self, reason: str | None = None) -> None:
         if not self.ended and not self.aborted:
-            self.aborted = True
+            self.aborted, self._reason = True, reason
             self._engine.finished(self, "abort")
 
     async def __aiter__(self) -> AsyncIterator[list[CompletionDelta]]:
         most = self._params.max_tokens or 64
         for step in range(most):
+            if self._engine.fault is not None:
+                raise self._engine.fault
             await asyncio.sleep(self._engine.step_seconds)
             if self._engine.failed is not None:
                 self.abort()
                 raise EngineDead(self._engine.failed)
+            if self.aborted and self._reason is not None:
+                raise EngineDead(self._reason)
             if self.aborted:
                 await asyncio.Event().wait()  # nothing more comes
             deltas = self._deltas(self._ids[step % len(self._ids)])
             if step + 1 == most:
                 self.ended = True
                 self._engine.finished(self, "length")
-                deltas = [replace(last, finish_reason="length") for last in deltas]
+                reason, why = ("length", None) if self._engine.gives_up is None else ("abort", self._engine.gives_up)
+                deltas = [replace(last, finish_reason=reason, stop_reason=why) for last in deltas]
             yield deltas
 
     def _deltas(self, token: int) -> list[CompletionDelta]:
@@ -67,6 +72,8 @@ class FakeAsyncEngine:
         config = SimpleNamespace(vocab_size=vocab_size)
         self.engine = SimpleNamespace(tokenizer=tokenizer, model_config=config, max_model_len=max_model_len)
         self.failed: str | None = None
+        self.fault: Exception | None = None
+        self.gives_up: str | None = None
         self.step_seconds = 0.001
         self.queue = 1000
         self.running: list[FakeStream] = []
@@ -125,6 +132,9 @@ class FakeAsyncEngine:
         self.closing = True
         while self.running:
             await asyncio.sleep(0.01)
+
+    async def close(self) -> None:
+        self.closing = True
 
 
 class Served:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import openai
 import pytest
+
+from moeforge.serve.openai import app
 
 
 def test_text_and_token_ids_alone_and_in_lists(shared: Any) -> None:
@@ -70,8 +73,8 @@ def test_special_tokens_and_long_prompts_off_the_loop(shared: Any) -> None:
     text = "word " * 390
     answer = shared.openai().completions.create(model="tiny", prompt=[text] * 3, max_tokens=1)
     assert answer.usage.prompt_tokens == 3 * len(text)
-    with pytest.raises(openai.BadRequestError, match="has 50000 tokens"):
-        shared.openai().completions.create(model="tiny", prompt="a" * 50_000, max_tokens=1)
+    with pytest.raises(openai.BadRequestError, match="has 20000 tokens"):
+        shared.openai().completions.create(model="tiny", prompt="a" * 20_000, max_tokens=1)
 
 
 def test_without_a_tokenizer_only_token_ids(serve: Any) -> None:
@@ -159,3 +162,40 @@ def test_another_model_and_no_model(shared: Any) -> None:
     assert caught.value.code == "model_not_found"
     with shared.http() as http:
         assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_the_size_of_an_answer_is_bounded(shared: Any) -> None:
+    with shared.http() as http:
+        for body, values in (
+            ({"n": 64, "logprobs": 20, "max_tokens": 2000}, 64 * 2000 * 21),
+            ({"n": 10, "logprobs": 20, "max_tokens": 2000, "prompt": ["a"] * 10}, 100 * 2000 * 21),
+        ):
+            reply = http.post("/v1/completions", json={"prompt": "a"} | body)
+            assert reply.status_code == 400 and reply.json()["error"]["param"] == "max_tokens"
+            assert f"could hold {values} tokens and log-probabilities" in reply.json()["error"]["message"]
+        messages = [{"role": "user", "content": "a"}]
+        reply = http.post(
+            "/v1/chat/completions", json={"messages": messages, "n": 100, "logprobs": True, "top_logprobs": 20}
+        )
+        assert reply.status_code == 400 and "at most 2000000" in reply.json()["error"]["message"]
+        assert not shared.engine.running
+
+
+def test_a_large_answer_is_written_in_a_thread_and_is_the_same(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = serve()
+    threads: list[str] = []
+    write = app.to_json
+
+    def noted(body: Any) -> bytes:
+        threads.append(threading.current_thread().name)
+        return write(body)
+
+    monkeypatch.setattr(app, "to_json", noted)
+    body = {"prompt": "abc", "max_tokens": 20, "logprobs": 2, "n": 2, "return_token_ids": True}
+    with served.http() as http:
+        short = http.post("/v1/completions", json=body).json()
+        assert not threads
+        monkeypatch.setattr(app, "_ON_LOOP", 10)
+        long = http.post("/v1/completions", json=body).json()
+        assert len(threads) == 1 and threads[0].startswith("asyncio_")
+    assert long["choices"] == short["choices"] and len(long["choices"][1]["token_ids"]) == 20

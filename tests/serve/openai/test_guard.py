@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from starlette.requests import Request
 
 from moeforge.errors import UserError
 from moeforge.serve.openai.guard import cache_salt
@@ -195,3 +198,17 @@ def test_which_hosts_are_loopback() -> None:
     ]  # fmt: skip
     with pytest.raises(UserError, match="--host not a host"):
         is_loopback("not a host")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_body_is_dropped_once_it_is_understood(serve: Any, stream: bool) -> None:
+    served = serve(max_bodies_bytes=50_000)
+    served.engine.step_seconds = 0.05
+    body = {"prompt": "a", "user": "u" * 30_000, "max_tokens": 60, "stream": stream}
+    with ThreadPoolExecutor(1) as pool, served.http() as http:
+        first = pool.submit(http.post, "/v1/completions", json=body)
+        served.eventually(lambda: len(served.engine.running) == 1)
+        assert http.post("/v1/completions", json=body | {"max_tokens": 1}).status_code == 200
+        assert not first.done()
+        assert not any(len(getattr(one, "_body", b"")) > 1000 for one in gc.get_objects() if type(one) is Request)
+        assert first.result().status_code == 200

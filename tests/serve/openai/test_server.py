@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,6 +21,7 @@ import openai
 import pytest
 
 from moeforge.errors import RunError, UserError
+from moeforge.serve.async_engine import EngineHangs
 from moeforge.serve.openai import server
 
 
@@ -154,3 +164,84 @@ def test_a_port_in_use_and_others_that_cannot_be(serve: Any) -> None:
         server.bind("192.0.2.1", 0)
     with server.bind("::1", 0) as sock:
         assert server.url_of(sock).startswith("http://[::1]:")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_the_engine_gives_up_is_an_error_of_that_request(serve: Any, stream: bool) -> None:
+    served = serve()
+    body = {"prompt": "ab", "max_tokens": 2, "stream": stream}
+    with served.http() as http:
+        for reason, status, words in (
+            ("structured_outputs: too much", 400, "response_format: too much"),
+            ("text: KeyError: 7", 500, "the request failed: text: KeyError: 7"),
+        ):
+            served.engine.gives_up = reason
+            reply = http.post("/v1/completions", json=body)
+            assert reply.status_code == (200 if stream else status) and words in reply.text
+            assert "[DONE]" not in reply.text and '"finish_reason":"abort"' not in reply.text
+        served.engine.fault = UserError("max_tokens = 2: does not fit")
+        reply = http.post("/v1/completions", json=body)
+        assert reply.status_code == (200 if stream else 400) and "max_tokens = 2: does not fit" in reply.text
+    served.eventually(lambda: not served.engine.running)
+
+
+def test_a_whole_answer_that_nobody_reads_is_cut(serve: Any) -> None:
+    served = serve(write_timeout_seconds=0.3)
+    served.engine.text_of = lambda token: "x" * 4_000_000
+    host, port = served.url.removeprefix("http://").split(":")
+    body = b'{"prompt": "a", "max_tokens": 8}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port)), timeout=10) as sock:
+        sock.sendall(head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        time.sleep(2)
+        received = 0
+        with contextlib.suppress(ConnectionError):
+            while got := len(sock.recv(1 << 20)):
+                received += got
+        assert received < 32_000_000
+    with served.http() as http:  # one that reads slowly, but reads, gets all
+        with http.stream("POST", "/v1/completions", json={"prompt": "a", "max_tokens": 8}) as reply:
+            parts = []
+            for part in reply.iter_raw(8_000_000):
+                time.sleep(0.2)
+                parts.append(part)
+        assert len(b"".join(parts)) > 32_000_000
+
+
+def test_an_engine_that_cannot_be_ended_ends_the_process(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = serve()
+    codes: list[int] = []
+    monkeypatch.setattr(server.os, "_exit", codes.append)
+
+    async def hangs() -> None:
+        raise EngineHangs("the engine does not stop")
+
+    served.engine.shutdown = hangs
+    served.ask_to_stop()
+    served.wait()
+    assert codes == [1]
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_server_whose_rank_hangs(saved: Callable[[str], Path]) -> None:
+    command = [
+        sys.executable, "-m", "moeforge", "serve", str(saved("llama")), "--port", "0", "--json", "--device", "cpu",
+        "--dtype", "fp32", "--tp", "2", "--shutdown-timeout", "1",
+    ]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        try:
+            assert process.stdout is not None
+            url = json.loads(process.stdout.readline())["url"]
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            body = {"prompt": [1, 2], "max_tokens": 90, "stream": True, "ignore_eos": True}
+            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
+                lines = reply.iter_lines()
+                next(lines)
+                os.kill(int(children[-1]), signal.SIGSTOP)
+                begin = time.monotonic()
+                process.send_signal(signal.SIGTERM)
+                assert "shut down before the answer was complete" in "".join(lines)
+            assert process.wait(30) in (0, 1) and time.monotonic() - begin < 30
+            assert not Path(f"/proc/{children[-1]}").exists()
+        finally:
+            process.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from typing import Any, TypeVar
@@ -21,8 +22,8 @@ from moeforge.serve.openai.logprobs import TokenTexts
 from moeforge.serve.openai.metrics import CONTENT_TYPE, Metrics
 from moeforge.serve.openai.prompts import Prompt, Prompts
 from moeforge.serve.openai.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest, parse
-from moeforge.serve.openai.replies import ClientGone, EventStream, json_response, unless_gone
-from moeforge.serve.openai.sampling import max_tokens, sampling_params
+from moeforge.serve.openai.replies import ClientGone, EventStream, encoded, json_response, to_json, unless_gone
+from moeforge.serve.openai.sampling import check_size, max_tokens, sampling_params
 from moeforge.serve.openai.settings import ServerSettings
 from moeforge.serve.openai.writers import ChatWriter, CompletionWriter, Writer
 
@@ -32,6 +33,7 @@ UNSUPPORTED_ROUTES = (
     "load_lora_adapter", "moderations", "pooling", "realtime", "rerank", "responses", "score", "threads",
     "unload_lora_adapter", "uploads", "vector_stores", "videos",
 )  # fmt: skip
+_ON_LOOP = 2000  # tokens and log-probabilities that are written in place: a few milliseconds
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -64,6 +66,7 @@ class Service:
         if self.trouble is not None:
             raise ApiError(503, self.trouble, code="unavailable")
         params = sampling_params(wanted, len(prompts), self.settings)
+        check_size(params, [self.prompts.max_model_len - len(prompt.ids) for prompt in prompts])
         salt = cache_salt(request.state.tenant, wanted.cache_salt)
         name = f"{kind}-{uuid.uuid4().hex}"
         generation = await Generation.start(self.engine, self.metrics, name, prompts, params, salt)
@@ -78,11 +81,17 @@ class Service:
             self.generations.discard(writer.generation)
 
         if wanted.stream:
-            return EventStream(writer.events(), end, self.settings.write_timeout_seconds)
+            return EventStream(writer.events(), end)
         try:
-            return json_response(await unless_gone(request, writer.whole()))
+            return await unless_gone(request, self._whole(writer))
         finally:
             end()
+
+    async def _whole(self, writer: Writer) -> Response:
+        make = await writer.whole()
+        if writer.values <= _ON_LOOP:
+            return json_response(make())
+        return encoded(await asyncio.to_thread(lambda: to_json(make())))
 
     def stats(self) -> dict[str, Any]:
         """Live numbers for the page; counters since the start."""
@@ -105,7 +114,13 @@ class Service:
 
 
 async def _body(request: Request, model: type[Model]) -> Model:
-    return parse(model, await request.body())
+    """The body as `model`. Its bytes are dropped: `request.body()` would keep them for as long as the answer takes."""
+    raw = bytearray()
+    async for part in request.stream():
+        raw += part
+    parsed = parse(model, bytes(raw))
+    request.state.release_body()
+    return parsed
 
 
 def build_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
@@ -121,8 +136,12 @@ def build_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
         given = wanted.prompts(settings.max_choices)
         sampling_params(wanted, len(given), settings)  # refuses early, before anything is tokenised
         special = wanted.add_special_tokens is not False
-        prompts = [await service.prompts.completion(one, special, wanted.max_tokens) for one in given]
-        generation = await service.begin(request, wanted, "cmpl", prompts)
+
+        async def begin() -> Generation:
+            prompts = [await service.prompts.completion(one, special, wanted.max_tokens) for one in given]
+            return await service.begin(request, wanted, "cmpl", prompts)
+
+        generation = await unless_gone(request, begin())
         return await service.answer(
             request, wanted, CompletionWriter(wanted, generation, settings.model, service.texts)
         )
@@ -133,8 +152,13 @@ def build_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
         service.check_model(wanted.model)
         sampling_params(wanted, 1, settings)
         options = dict(wanted.chat_template_kwargs or {})
-        prompt = await service.prompts.chat(wanted.conversation(), options, max_tokens(wanted))
-        generation = await service.begin(request, wanted, "chatcmpl", [prompt])
+        conversation = wanted.conversation()
+
+        async def begin() -> Generation:
+            prompt = await service.prompts.chat(conversation, options, max_tokens(wanted))
+            return await service.begin(request, wanted, "chatcmpl", [prompt])
+
+        generation = await unless_gone(request, begin())
         return await service.answer(request, wanted, ChatWriter(wanted, generation, settings.model, service.texts))
 
     model_card = {

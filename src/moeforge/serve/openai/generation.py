@@ -6,11 +6,10 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from typing import Any
 
 from moeforge.errors import UserError
 from moeforge.serve.async_engine import AsyncEngine, EngineDead, QueueFull, Stream
-from moeforge.serve.openai.errors import ApiError, of_user_error, unavailable
+from moeforge.serve.openai.errors import ApiError, bad_request, of_user_error, shown, unavailable
 from moeforge.serve.openai.metrics import Metrics
 from moeforge.serve.openai.prompts import Prompt
 from moeforge.serve.outputs import CompletionDelta
@@ -28,7 +27,6 @@ class Generation:
         self._streams, self._metrics, self._begin = streams, metrics, time.monotonic()
         self._latest = [0.0] * self.choices
         self._cut: str | None = None
-        self._reader: asyncio.Task[Any] | None = None
 
     @classmethod
     async def start(
@@ -70,29 +68,32 @@ class Generation:
             stream.abort()
 
     def cut(self, reason: str) -> None:
-        """Give up, and let whoever waits in `deltas` hear why."""
+        """Give up, and let whoever reads `deltas`, now or later, hear why."""
         self._cut = reason
-        self.abort()
-        if self._reader is not None:
-            self._reader.cancel()
+        for stream in self._streams:
+            stream.abort(reason)
 
     async def deltas(self) -> AsyncGenerator[list[Choice], None]:
-        """What each step adds, by choice. Raises ApiError (500, 503) where the engine dies or the request is cut."""
-        self._reader = asyncio.current_task()
+        """What each step adds, by choice.
+
+        Raises ApiError: 500 and 503 where the engine dies or the request is cut; 400 and 500 where the engine gives up
+        this request alone.
+        """
         try:
             async with aclosing(self._numbered(0) if len(self._streams) == 1 else self._merged()) as steps:
                 async for choices in steps:
                     self._observe(choices)
+                    for _, delta in choices:
+                        if delta.finish_reason == "abort":
+                            raise _given_up(str(delta.stop_reason or "aborted"))
                     yield choices
+        except UserError as error:
+            raise of_user_error(error) from error
         except EngineDead as error:
+            if self._cut is not None:
+                raise unavailable(self._cut) from error
             raise ApiError(500, f"the engine failed: {error}", code="engine_dead") from error
-        except asyncio.CancelledError as error:
-            if self._cut is None or self._reader is None:
-                raise
-            self._reader.uncancel()
-            raise unavailable(self._cut) from error
         finally:
-            self._reader = None
             self.abort()
 
     async def _numbered(self, prompt: int) -> AsyncGenerator[list[Choice], None]:
@@ -142,6 +143,13 @@ class Generation:
                 self._latest[choice] = now
             if delta.finish_reason is not None:
                 self._metrics.whole.observe(now - self._begin)
+
+
+def _given_up(reason: str) -> ApiError:
+    """Why a request cannot go on: its schema, or a fault of ours."""
+    if reason.startswith("structured_outputs:"):
+        return bad_request(shown(reason.replace("structured_outputs", "response_format", 1), 360), "response_format")
+    return ApiError(500, shown(f"the request failed: {reason}", 360), code="request_failed")
 
 
 def _refusal(error: UserError | QueueFull | EngineDead) -> ApiError:

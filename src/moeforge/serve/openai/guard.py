@@ -38,7 +38,8 @@ def cache_salt(tenant: bytes, asked: str | None) -> bytes:
 class Guard:
     """Checks the Host header, the key and the body's size and pace; adds the security headers.
 
-    The tenant (its key, or nothing without keys) is in the scope's state as "tenant".
+    The scope's state has "tenant" (its key, or nothing without keys) and "release_body", to be called when the body
+    has been read, understood and dropped.
     """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
@@ -55,13 +56,13 @@ class Guard:
         async def send_safely(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), *_HEADERS]
-                body.release()  # it has been read and understood
             await send(message)
 
         try:
             headers = {name: value for name, value in scope["headers"]}
             self._check_host(headers)
-            scope.setdefault("state", {})["tenant"] = self._tenant(headers, scope["path"])
+            state = scope.setdefault("state", {})
+            state["tenant"], state["release_body"] = self._tenant(headers, scope["path"]), body.release
             if scope["method"] == "POST":
                 _check_type(headers)
                 await body.check_length(headers)

@@ -13,6 +13,7 @@ from moeforge.errors import UserError
 from moeforge.serve.openai.errors import ApiError, bad_request, shown
 from moeforge.serve.prompt import encode, render_chat
 
+_LONG_TOKEN = 16
 _ON_LOOP = 4096  # characters that are tokenised in place: a millisecond or two, less than a thread is worth
 T = TypeVar("T")
 
@@ -29,6 +30,9 @@ class Prompts:
 
     def __init__(self, tokenizer: Any | None, max_model_len: int) -> None:
         self._tokenizer, self.max_model_len = tokenizer, max_model_len
+        longest = 0 if tokenizer is None else max(map(len, tokenizer.get_vocab()), default=0)
+        # Some tokenizers drop spaces or fold what they do not know: a margin, where all tokens are short.
+        self._most_characters = max_model_len * max(longest, _LONG_TOKEN)
         # One thread: long prompts wait for each other, never short ones or running streams for them.
         self._thread = ThreadPoolExecutor(1, "tokenizer")
 
@@ -36,7 +40,7 @@ class Prompts:
         """A text or token ids, which must leave `room` positions (None: one). Raises ApiError (400)."""
         if isinstance(given, str):
             text = given
-            ids = await self._run(len(text), lambda: self._encode(text, add_special_tokens))
+            ids = await self._run(len(text), lambda: self._encode(text, add_special_tokens, "prompt"))
             return self._checked(Prompt(text, ids), "prompt", room)
         return self._checked(Prompt(None, given), "prompt", room)
 
@@ -49,9 +53,11 @@ class Prompts:
 
         def make() -> Prompt:
             text = self._render(conversation, options)
-            return Prompt(text, self._encode(text, False))  # the template writes the special tokens itself
+            return Prompt(text, self._encode(text, False, "messages"))  # the template writes the special tokens itself
 
-        length = sum(len(turn["content"]) for turn in conversation) + 64 * len(conversation)
+        # A template may write its options with every turn.
+        each = 64 + sum(len(str(name)) + len(str(value)) for name, value in options.items())
+        length = sum(len(value) for turn in conversation for value in turn.values()) + each * len(conversation)
         return self._checked(await self._run(length, make), "messages", room)
 
     def close(self) -> None:
@@ -59,6 +65,7 @@ class Prompts:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, characters: int, make: Callable[[], T]) -> T:
+        """Where nobody waits for it any more before its turn, it is not done."""
         if characters <= _ON_LOOP:
             await asyncio.sleep(0)  # a list of many short prompts leaves gaps for running streams
             return make()
@@ -71,8 +78,11 @@ class Prompts:
             )
         return self._tokenizer
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return encode(self._needed(), text, add_special_tokens)
+    def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
+        tokenizer = self._needed()
+        if len(text) > self._most_characters:  # more than so many tokens: not worth counting them
+            raise self._too_long(f"{param}: has {len(text)} characters", param, self.max_model_len - 1)
+        return encode(tokenizer, text, add_special_tokens)
 
     def _render(self, conversation: list[dict[str, str]], options: dict[str, Any]) -> str:
         try:

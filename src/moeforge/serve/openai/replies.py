@@ -47,22 +47,17 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 class EventStream(Response):
     """Server-sent events: each list of objects that `events` yields is one write, then [DONE].
 
-    An ApiError among them becomes an error object, after which nothing follows. A client that goes, or leaves a
-    write unread for `write_timeout_seconds`, ends them. `on_close` is called however they end.
+    An ApiError among them becomes an error object, after which nothing follows. A client that goes ends them.
+    `on_close` is called however they end.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self,
-        events: AsyncIterator[list[dict[str, Any]]],
-        on_close: Callable[[], None],
-        write_timeout_seconds: float,
-    ) -> None:
+    def __init__(self, events: AsyncIterator[list[dict[str, Any]]], on_close: Callable[[], None]) -> None:
         # Neither a browser nor a proxy may keep or gather them.
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._on_close, self._write_timeout_seconds = events, on_close, write_timeout_seconds
+        self._events, self._on_close = events, on_close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         pump, gone = asyncio.create_task(self._pump(send)), asyncio.create_task(_disconnected(receive))
@@ -77,20 +72,28 @@ class EventStream(Response):
 
     async def _pump(self, send: Send) -> None:
         async def write(body: bytes, more: bool = True) -> None:
-            async with asyncio.timeout(self._write_timeout_seconds):
-                await send({"type": "http.response.body", "body": body, "more_body": more})
+            await send({"type": "http.response.body", "body": body, "more_body": more})
 
-        with suppress(TimeoutError):
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            try:
-                async for objects in self._events:
-                    await write("".join(f"data: {_compact(item)}\n\n" for item in objects).encode("utf-8", "replace"))
-            except ApiError as error:
-                await write(f"data: {_compact(error.body())}\n\n".encode(), False)
-            else:
-                await write(_DONE, False)
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async for objects in self._events:
+                await write("".join(f"data: {_compact(item)}\n\n" for item in objects).encode("utf-8", "replace"))
+        except ApiError as error:
+            await write(f"data: {_compact(error.body())}\n\n".encode("utf-8", "replace"), False)
+        else:
+            await write(_DONE, False)
 
 
 def json_response(body: dict[str, Any]) -> Response:
     """A whole answer."""
-    return Response(_compact(body).encode("utf-8", "replace"), media_type="application/json")
+    return encoded(to_json(body))
+
+
+def to_json(body: dict[str, Any]) -> bytes:
+    """As answers are written."""
+    return _compact(body).encode("utf-8", "replace")
+
+
+def encoded(body: bytes) -> Response:
+    """A whole answer that is JSON already."""
+    return Response(body, media_type="application/json")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moeforge.errors import UserError
 from moeforge.serve.openai.errors import bad_request, of_user_error
 from moeforge.serve.openai.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from moeforge.serve.openai.settings import ServerSettings
 from moeforge.serve.sampling_params import MAX_LOGPROBS, SamplingParams, StructuredOutputsParams
 
+MAX_VALUES = 2_000_000  # of an answer
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 
 
@@ -43,6 +46,19 @@ def sampling_params(request: GenerationRequest, prompts: int, settings: ServerSe
         )
     except UserError as error:
         raise of_user_error(error) from error
+
+
+def check_size(params: SamplingParams, rooms: Sequence[int]) -> None:
+    """Raises ApiError (400) where an answer could hold more than the server will gather: tokens, and log-probabilities
+    with each. `rooms`: for each prompt the most tokens that may follow."""
+    tokens = sum(room if params.max_tokens is None else min(params.max_tokens, room) for room in rooms)
+    values = params.n * tokens * (1 + (params.logprobs or 0))
+    if values > MAX_VALUES:
+        raise bad_request(
+            f"max_tokens: the answer could hold {values} tokens and log-probabilities (prompts x n x max_tokens x "
+            f"(1 + logprobs)); at most {MAX_VALUES} are allowed in one request",
+            "max_tokens",
+        )
 
 
 def max_tokens(request: GenerationRequest) -> int | None:

@@ -9,14 +9,17 @@ import os
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moeforge.errors import RunError, UserError
-from moeforge.serve.async_engine import AsyncEngine
+from moeforge.serve.async_engine import AsyncEngine, EngineHangs
 from moeforge.serve.openai.app import Service, build_app
 from moeforge.serve.openai.settings import ServerSettings
 
@@ -26,6 +29,7 @@ _HEADER_SECONDS = 15.0
 _KEEP_ALIVE_SECONDS = 75
 _LAST_WORDS_SECONDS = 3.0  # for error events to reach their clients
 _POLL_SECONDS = 0.1
+_READ_BYTES = 16 << 10  # that a client must take in, each time it is looked at
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -62,9 +66,14 @@ def url_of(sock: socket.socket) -> str:
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, closed where a request's headers take too long to come."""
+    """uvicorn's connection, cut where a request's headers take too long to come, or an answer too long to be read."""
 
     _headers_due: asyncio.TimerHandle | None = None
+    _reading_due: asyncio.TimerHandle | None = None
+
+    def __init__(self, *arguments: Any, write_timeout_seconds: float, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._write_timeout_seconds = write_timeout_seconds
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -76,7 +85,16 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._watch(False)
+        self._watch_reading(False)
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reading(True)
+
+    def resume_writing(self) -> None:
+        self._watch_reading(False)
+        super().resume_writing()
 
     def _watch(self, expecting: bool) -> None:
         if expecting and self._headers_due is None:
@@ -84,6 +102,20 @@ class Connection(H11Protocol):
         elif not expecting and self._headers_due is not None:
             self._headers_due.cancel()
             self._headers_due = None
+
+    def _watch_reading(self, expecting: bool) -> None:
+        if self._reading_due is not None:
+            self._reading_due.cancel()
+        self._reading_due = None
+        if expecting:
+            unread = self.transport.get_write_buffer_size()
+            self._reading_due = self.loop.call_later(self._write_timeout_seconds, self._check_reading, unread)
+
+    def _check_reading(self, unread: int) -> None:
+        if self.transport.get_write_buffer_size() > unread - _READ_BYTES:
+            self.transport.abort()  # close() would wait for what nobody reads
+        else:
+            self._watch_reading(True)
 
 
 class _Server(uvicorn.Server):
@@ -104,7 +136,8 @@ async def run(
     """Serve until SIGINT, SIGTERM or `stop`; then take nothing new, finish what runs, and return.
 
     What still runs after `shutdown_timeout` seconds, or at a second signal, ends with an error event.
-    Raises RunError where the engine dies, after every client has been told; UserError for a port that is taken.
+    Raises RunError where the engine dies, after every client has been told; UserError for a port that is taken. Where
+    the engine can no longer be ended, ends the process.
     """
     try:
         sock.listen(_BACKLOG)
@@ -117,7 +150,7 @@ async def run(
     server = _Server(
         uvicorn.Config(
             app,
-            http=Connection,
+            http=partial(Connection, write_timeout_seconds=settings.write_timeout_seconds),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,
@@ -133,6 +166,7 @@ async def run(
     engine.start()
     stop, hurry = stop or asyncio.Event(), asyncio.Event()
     serving = asyncio.create_task(server.serve([sock]))
+    hung: EngineHangs | None = None
     try:
         with _signals(stop, hurry):
             while not server.started and not serving.done():
@@ -142,7 +176,10 @@ async def run(
             while engine.failed is None and not stop.is_set() and not serving.done():
                 await asyncio.sleep(_POLL_SECONDS)
             if engine.failed is None:
-                await _drain(engine, service, shutdown_timeout, hurry)
+                try:
+                    await _drain(engine, service, shutdown_timeout, hurry)
+                except EngineHangs as error:
+                    hung = error
             await _until(lambda: not service.generations, _LAST_WORDS_SECONDS)
             failed = engine.failed
     finally:
@@ -150,9 +187,15 @@ async def run(
         server.should_exit = True
         await serving
         service.prompts.close()
+    if failed is not None and hung is None:
+        try:
+            await engine.close()
+        except EngineHangs as error:
+            hung = error
+    if hung is not None:  # an interpreter that ends may wait for it, or for what it holds
+        print(f"error: {hung}", file=sys.stderr, flush=True)
+        os._exit(1)
     if failed is not None:
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(engine.shutdown(), _LAST_WORDS_SECONDS)
         raise RunError(f"the engine failed: {failed}")
 
 
@@ -165,9 +208,11 @@ async def _drain(engine: AsyncEngine, service: Service, seconds: float, hurry: a
         for generation in list(service.generations):
             generation.cut("the server was shut down before the answer was complete")
         await _until(ending.done, _LAST_WORDS_SECONDS)
-    if ending.done() and not ending.cancelled() and (error := ending.exception()) is not None:
-        raise error
-    ending.cancel()
+    if ending.done():
+        await ending
+    else:
+        ending.cancel()
+        await engine.close()
 
 
 async def _until(condition: Callable[[], bool], seconds: float) -> None:

@@ -25,7 +25,7 @@ class ServerSettings:
     max_body_bytes         longest request body
     max_bodies_bytes       all bodies together that are being read
     body_timeout_seconds   time to send a body in
-    write_timeout_seconds  time that a client may leave a part of its stream unread
+    write_timeout_seconds  time that a client may leave a part of an answer unread
     max_choices            most continuations of one request: prompts times n
     """
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from typing import Any
 
 from moeforge.serve.openai.generation import Generation
 from moeforge.serve.openai.logprobs import TokenTexts, chat_logprobs, completion_logprobs
 from moeforge.serve.openai.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
-from moeforge.serve.outputs import CompletionDelta
+from moeforge.serve.outputs import CompletionDelta, Sampled
 
 Json = dict[str, Any]
 
@@ -20,8 +21,11 @@ class Writer:
     whole_object: str
     chunk_object: str
 
-    def __init__(self, request: GenerationRequest, generation: Generation, model: str) -> None:
+    def __init__(
+        self, request: GenerationRequest, generation: Generation, model: str, texts: TokenTexts, logprobs: int | None
+    ) -> None:
         self._wanted, self.generation = request, generation
+        self._texts, self._logprobs = texts, logprobs
         self._head = {"id": generation.request_id, "created": int(time.time()), "model": model}
 
     def _choice(self, index: int, delta: CompletionDelta, streamed: bool) -> Json:
@@ -43,13 +47,22 @@ class Writer:
         if self._wanted.include_usage:
             yield [head | {"choices": [], "usage": self.generation.usage}]
 
-    async def whole(self) -> Json:
-        """The answer in one piece."""
-        parts: dict[int, list[CompletionDelta]] = {}
+    async def whole(self) -> Callable[[], Json]:
+        """What makes the answer in one piece, once all has been said. It may take long, and be called in a thread."""
+        sampled = self._logprobs is not None or bool(self._wanted.return_token_ids)
+        parts = [_Parts() for _ in range(self.generation.choices)]
         async for step in self.generation.deltas():
             for index, delta in step:
-                parts.setdefault(index, []).append(delta)
-        choices = [self._finished(index, _joined(parts[index]), False) for index in sorted(parts)]
+                parts[index].add(delta, sampled)
+        return lambda: self._whole(parts)
+
+    @property
+    def values(self) -> int:
+        """About how many tokens and log-probabilities the answer holds."""
+        return self.generation.completion_tokens * (1 + (self._logprobs or 0))
+
+    def _whole(self, parts: list[_Parts]) -> Json:
+        choices = [self._finished(index, one.joined(), False) for index, one in enumerate(parts)]
         return self._head | {"object": self.whole_object, "choices": choices, "usage": self.generation.usage}
 
     def _finished(self, index: int, delta: CompletionDelta, streamed: bool) -> Json:
@@ -66,13 +79,12 @@ class CompletionWriter(Writer):
     whole_object = chunk_object = "text_completion"
 
     def __init__(self, request: CompletionRequest, generation: Generation, model: str, texts: TokenTexts) -> None:
-        super().__init__(request, generation, model)
-        self._logprobs, self._texts = request.logprobs is not None, texts
+        super().__init__(request, generation, model, texts, request.logprobs)
         self._offsets = [0] * generation.choices
 
     def _choice(self, index: int, delta: CompletionDelta, streamed: bool) -> Json:
         logprobs = None
-        if self._logprobs and delta.sampled:
+        if self._logprobs is not None and delta.sampled:
             logprobs, self._offsets[index] = completion_logprobs(delta.sampled, self._texts, self._offsets[index])
         return {"text": delta.text, "logprobs": logprobs}
 
@@ -83,9 +95,7 @@ class ChatWriter(Writer):
     whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
 
     def __init__(self, request: ChatCompletionRequest, generation: Generation, model: str, texts: TokenTexts) -> None:
-        super().__init__(request, generation, model)
-        self._logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        self._texts = texts
+        super().__init__(request, generation, model, texts, (request.top_logprobs or 0) if request.logprobs else None)
 
     def _opening(self) -> list[Json]:
         delta = {"role": "assistant", "content": ""}
@@ -101,13 +111,23 @@ class ChatWriter(Writer):
         return {"message": message, "logprobs": logprobs}
 
 
-def _joined(deltas: list[CompletionDelta]) -> CompletionDelta:
-    """All deltas of one continuation as one."""
-    last = deltas[-1]
-    return CompletionDelta(
-        last.index,
-        "".join(delta.text for delta in deltas),
-        tuple(sampled for delta in deltas for sampled in delta.sampled),
-        last.finish_reason,
-        last.stop_reason,
-    )
+class _Parts:
+    """What came of one continuation so far."""
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._sampled: list[Sampled] = []
+        self._last: CompletionDelta | None = None
+
+    def add(self, delta: CompletionDelta, sampled: bool) -> None:
+        """What is new; with its tokens, where they will be shown."""
+        self._text.append(delta.text)
+        if sampled:
+            self._sampled += delta.sampled
+        self._last = delta
+
+    def joined(self) -> CompletionDelta:
+        """All as one delta."""
+        assert self._last is not None
+        text = "".join(self._text)
+        return replace(self._last, text=text, sampled=tuple(self._sampled))

@@ -77,7 +77,7 @@ def command(
         typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse what prompts have in common."),
     ] = True,
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="The same bits alone or batched, cached or not; slower.")
+        bool, typer.Option("--deterministic", help="On a CPU: the same bits alone or batched, cached or not; slower.")
     ] = False,
     shutdown_timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="How long running requests may go on after SIGTERM.")

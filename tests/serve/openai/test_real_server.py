@@ -28,7 +28,7 @@ from .test_hostile import _check, _mutants
 
 Saved = Callable[[str], Path]
 CLIENTS = 500
-TOKENS = 8
+TOKENS = 5
 PROMPTS = [[1 + i % 250, 7 + i % 11, 3 + i // 250] for i in range(CLIENTS)]
 SAMPLING: list[dict[str, Any]] = [
     {"temperature": 0.8, "seed": i} if i % 2 else {"temperature": 0} for i in range(CLIENTS)

@@ -23,7 +23,6 @@ class PreparedWeight:
     """
 
     def __init__(self, weight: Tensor, deterministic: bool = False, pack: bool = True) -> None:
-        self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
         self.deterministic = deterministic
         self.packed = pack and can_pack(weight)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight

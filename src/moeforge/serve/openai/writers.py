@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from moeforge.serve.outputs import CompletionDelta, Sampled
 Json = dict[str, Any]
 
 
-class Writer:
+class Writer(ABC):
     """What both endpoints have in common: the frame around choices, and usage."""
 
     whole_object: str
@@ -28,9 +29,9 @@ class Writer:
         self._texts, self._logprobs = texts, logprobs
         self._head = {"id": generation.request_id, "created": int(time.time()), "model": model}
 
+    @abstractmethod
     def _choice(self, index: int, delta: CompletionDelta, streamed: bool) -> Json:
         """One choice, or what a chunk adds to it, without what the endpoints share."""
-        raise NotImplementedError
 
     def _opening(self) -> list[Json]:
         """Choices of chunks that come before any token."""

@@ -5,11 +5,12 @@ assignments, R rows of the expert buffer, V vocabulary, h head dimension.
 """
 
 from moeforge.kernels.cross_entropy import linear_cross_entropy
-from moeforge.kernels.experts import PreparedExperts, expert_mlp, expert_mlp_reference
+from moeforge.kernels.experts import expert_mlp, expert_mlp_reference
 from moeforge.kernels.gate import Gate, gate, normalize_logits
 from moeforge.kernels.linear import PreparedWeight, Weight, linear
 from moeforge.kernels.norm import rms_norm
 from moeforge.kernels.permute import Permutation, combine, expert_permutation, gather, row_alignment
+from moeforge.kernels.prepared_experts import PreparedExperts
 from moeforge.kernels.rope import rotate
 from moeforge.kernels.swiglu import swiglu, swiglu_invariant
 

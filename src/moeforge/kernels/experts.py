@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeforge.kernels.linear import PreparedWeight
-from moeforge.kernels.swiglu import swiglu, swiglu_backward, swiglu_forward, swiglu_invariant
+from moeforge.kernels.swiglu import swiglu, swiglu_backward, swiglu_forward
 
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,28 +43,6 @@ class _ExpertMLP(torch.autograd.Function):
         grad_w2 = F.grouped_mm(grad.t(), activation, offs=offsets)
         grad_w13 = F.grouped_mm(grad_h.t(), x, offs=offsets)
         return F.grouped_mm(grad_h, w13, offs=offsets), grad_w13, grad_w2, None
-
-
-class PreparedExperts:
-    """Experts for inference: the weights of each one, prepared (see `PreparedWeight`).
-
-    w13 [E, 2F, D] gate rows first, w2 [E, D, F].
-    """
-
-    def __init__(self, w13: Tensor, w2: Tensor, deterministic: bool = False) -> None:
-        self._activation = swiglu_invariant if deterministic else swiglu_forward
-        self._w13 = [PreparedWeight(weight, deterministic) for weight in w13.unbind()]
-        self._w2 = [PreparedWeight(weight, deterministic) for weight in w2.unbind()]
-
-    def __call__(self, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
-        """As `expert_mlp`. Reads the offsets on the host, so it is for the CPU."""
-        out = torch.empty_like(x_RD)
-        begin = 0
-        for w13, w2, end in zip(self._w13, self._w2, offsets_E.tolist(), strict=True):
-            if end > begin:
-                out[begin:end] = w2.linear(self._activation(w13.linear(x_RD[begin:end])))
-            begin = end
-        return out
 
 
 def expert_mlp(x_RD: Tensor, w13: Tensor, w2: Tensor, offsets_E: Tensor) -> Tensor:

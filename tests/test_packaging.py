@@ -8,8 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -33,21 +35,62 @@ def _python(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of the tree and installed, alone, into a folder of its own."""
-    base = tmp_path_factory.mktemp("wheel")
-    tree, dist, target = base / "tree", base / "dist", base / "site"
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is packaged, nothing built."""
+    tree = tmp_path_factory.mktemp("package") / "tree"
     tree.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    built = _python("-m", "build", "--wheel", "--no-isolation", "--outdir", str(dist), str(tree), cwd=base)
+    shutil.copytree(ROOT / "csrc", tree / "csrc")
+    shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so"))
+    return tree
+
+
+def _build(tree: Path, kind: str, dist: Path, **environment: str) -> Path:
+    arguments = ("-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(dist), str(tree))
+    built = _python(*arguments, cwd=tree.parent, **environment)
     assert built.returncode == 0, built.stdout + built.stderr
-    (wheel,) = dist.glob("moeforge-*.whl")
+    (package,) = dist.glob("moeforge-*")
+    return package
+
+
+@pytest.fixture(scope="module")
+def installed(tree: Path) -> Path:
+    """The wheel, built from the copy and installed, alone, into a folder of its own."""
+    quick = tree.parent / "g++"
+    quick.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')  # the library is only found here, and loaded
+    quick.chmod(0o755)
+    compiler = {"CC": str(quick), "CXX": str(quick)}
+    wheel, target = _build(tree, "wheel", tree.parent / "dist", **compiler), tree.parent / "site"
     arguments = ("--quiet", "--no-deps", "--no-index", "--disable-pip-version-check", "--target", str(target))
-    placed = _python("-m", "pip", "install", *arguments, str(wheel), cwd=base)
+    placed = _python("-m", "pip", "install", *arguments, str(wheel), cwd=tree.parent)
     assert placed.returncode == 0, placed.stderr
     return target
+
+
+NAME = "from moeforge.kernels import native; print(native.name())"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+def test_the_wheel_carries_the_native_library(installed: Path, tmp_path: Path) -> None:
+    name = _python("-c", NAME, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert name.stdout.strip() in ("avx512", "avx2", "portable"), name.stderr
+    off = _python("-c", NAME, cwd=tmp_path, PYTHONPATH=str(installed), MOEFORGE_NATIVE="0")
+    assert off.stdout.strip() == "None", off.stderr
+
+
+def test_without_a_compiler_the_package_is_built_all_the_same(tree: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tree, tmp_path / "tree", ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    wheel = _build(copy, "wheel", tmp_path / "dist", CC="false", CXX="false")
+    with zipfile.ZipFile(wheel) as files:
+        names = files.namelist()
+    assert "moeforge/kernels/native.py" in names and not any(name.endswith(".so") for name in names)
+
+
+def test_the_source_archive_can_be_compiled(tree: Path, tmp_path: Path) -> None:
+    with tarfile.open(_build(tree, "sdist", tmp_path)) as files:
+        held = {Path(name).name for name in files.getnames() if "/csrc/" in name}
+    assert held == {path.name for path in (ROOT / "csrc").iterdir()}
 
 
 def test_wheel_runs_without_the_source_tree(installed: Path, tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ def examine() -> dict[str, Any]:
     """Facts about this machine; `notes` says what is missing and what it would bring."""
     import torch
 
+    from moeforge.kernels import native
+
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
     gpus = [_gpu(i) for i in range(torch.cuda.device_count())]
     optional = {name: _version(name) for name in OPTIONAL}
@@ -37,6 +39,12 @@ def examine() -> dict[str, Any]:
         for name, version in optional.items()
         if version is None
     ]
+    if native.name() is None:
+        notes.append(
+            "the native CPU library is off (MOEFORGE_NATIVE=0)"
+            if os.environ.get("MOEFORGE_NATIVE") == "0"
+            else "the native CPU library was not built: install g++, then moeforge again; CPUs serve slower without"
+        )
     if not gpus:
         notes.append("no CUDA device: everything runs on the CPU")
         if not capabilities.get("avx512_bf16") and not capabilities.get("amx_bf16"):
@@ -53,6 +61,7 @@ def examine() -> dict[str, Any]:
         "cpu_cores": len(os.sched_getaffinity(0)),
         "cpu_features": {feature: bool(capabilities.get(feature)) for feature in CPU_FEATURES},
         "torch_threads": torch.get_num_threads(),
+        "native_kernels": native.name(),
         **_memory(),
         "disk_free_bytes": shutil.disk_usage(".").free,
         "packages": {name: _version(name) for name in PACKAGES},

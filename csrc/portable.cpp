@@ -1,0 +1,9 @@
+#include "kernels.h"
+#include "parallel.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+#define MOEFORGE_SET portable
+#include "kernels.inc"

@@ -1,0 +1,305 @@
+"""The native CPU library (csrc/): bf16 and e4m3 weights in panels, and what a decode step does around them.
+
+It is there where a compiler was at installation and `MOEFORGE_NATIVE` is not 0; without it, torch does the same. Every
+function takes contiguous bf16 tensors on the CPU and returns new ones; a row's bits depend on nothing but the row.
+
+Legend: T tokens, D hidden, E experts, K top-k, H heads, G KV groups, h head dimension, B sequences, P pages, S
+positions of a page, N outputs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PANEL = 16
+"""Outputs that are computed together."""
+BLOCK = 128
+"""Inputs that share a scale."""
+_HEAD_DIMS = frozenset({16, 32, 48, 64, 80, 96, 112, 128, 256})
+_int, _long, _float, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = [("data", _pointer), ("scales", _pointer)] + [
+        (name, _long) for name in ("outputs", "inputs", "blocks", "first_block")
+    ]
+
+
+class _Gate(ctypes.Structure):
+    _fields_ = [
+        *((name, _pointer) for name in ("weight", "bias")),
+        *((name, _long) for name in ("experts", "hidden", "top_k")),
+        ("scale", _float),
+        ("renormalize", _int),
+    ]
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [
+        *((name, _pointer) for name in ("keys", "values")),
+        *((name, _long) for name in ("page_size", "groups", "heads_per_group", "head_dim", "table_width", "window")),
+        ("scale", _float),
+        ("e4m3", _int),
+    ]
+
+
+_ARGUMENTS = {
+    "use": [ctypes.c_char_p],
+    "pack_bf16": [_pointer, _long, _long, _int, _pointer, _int],
+    "pack_e4m3": [_pointer, _long, _long, _int, _pointer, _int],
+    "linear": [_pointer, _pointer, _long, _pointer, _pointer, _int],
+    "experts": [_pointer, _pointer, _long, _pointer, _long, _long, _pointer, _pointer, _pointer, _int],
+    "choose": [_pointer, _pointer, _long, _pointer, _pointer, _int],
+    "rms_norm": [_pointer, _pointer, _long, _long, _float, _pointer, _int],
+    "swiglu": [_pointer, _long, _long, _pointer, _int],
+    "swiglu_backward": [_pointer, _pointer, _long, _long, _pointer, _pointer, _int],
+    "split_qkv": [*[_pointer] * 3, *[_long] * 4, *[_pointer] * 3, _int],
+    "attend": [_pointer, _pointer, _pointer, _pointer, _long, _pointer, _int],
+}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library, None where it was not built or is not wanted."""
+    built = sorted(Path(__file__).parent.glob("_native*.so"))
+    if not built or os.environ.get("MOEFORGE_NATIVE") == "0":
+        return None
+    try:
+        # torch is imported, so its OpenMP library is there for this one to use.
+        loaded = ctypes.CDLL(str(built[-1]))
+    except OSError:  # of another processor or C library than it was built for
+        return None
+    for name, arguments in _ARGUMENTS.items():
+        getattr(loaded, f"moeforge_{name}").argtypes = arguments
+    loaded.moeforge_name.restype = ctypes.c_char_p
+    return loaded
+
+
+def name() -> str | None:
+    """The instruction set in use (avx512, avx2, portable); None without the library."""
+    loaded = library()
+    return None if loaded is None else loaded.moeforge_name().decode()
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the library computes with such activations."""
+    return (
+        x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled() and library() is not None
+    )
+
+
+def _library() -> ctypes.CDLL:
+    loaded = library()
+    assert loaded is not None
+    return loaded
+
+
+class NativeWeight:
+    """A weight [N, K] of bf16 or, with scales, e4m3, in pairs of panels; a copy, the given one may be freed.
+
+    scales float32 [n, k] and `column_offset` as in `Fp8Weight`: for each output or PANEL of them, one, or each block of
+    BLOCK inputs. K must be even; with scales it and the offset multiples of 4. `gated`: as `NativeExperts` wants w13,
+    no linear map; N is then a multiple of 2 PANEL.
+    """
+
+    def __init__(
+        self, weight: Tensor, scales: Tensor | None = None, column_offset: int = 0, gated: bool = False
+    ) -> None:
+        outputs, inputs = weight.shape
+        self.outputs, self.inputs = outputs, inputs
+        padded = -(-outputs // (2 * PANEL)) * 2 * PANEL
+        weight = weight.contiguous()
+        self._data = torch.empty(padded * inputs, dtype=weight.dtype)
+        pack = _library().moeforge_pack_bf16 if scales is None else _library().moeforge_pack_e4m3
+        pack(weight.data_ptr(), outputs, inputs, gated, self._data.data_ptr(), torch.get_num_threads())
+        self._scales: Tensor | None = None
+        blocks = 1
+        if scales is not None:
+            blocks = scales.shape[1]
+            group = 1 if scales.shape[0] == outputs else PANEL
+            order = torch.arange(padded)
+            if gated:
+                order = order.view(2, -1, PANEL).transpose(0, 1).flatten()
+            by_row = scales.float()[order.clamp_max_(outputs - 1) // group]
+            self._scales = by_row.view(-1, 2, PANEL, blocks).permute(0, 3, 1, 2).contiguous()
+        self.struct = _Weight(
+            self._data.data_ptr(),
+            None if self._scales is None else self._scales.data_ptr(),
+            outputs,
+            inputs,
+            blocks,
+            inputs if blocks == 1 else BLOCK - column_offset,
+        )
+        self._address = ctypes.addressof(self.struct)
+
+    def linear(self, x_TD: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + bias [T, N]."""
+        x_TD = x_TD.contiguous()
+        out = x_TD.new_empty(x_TD.shape[0], self.outputs)
+        _library().moeforge_linear(
+            self._address,
+            x_TD.data_ptr(),
+            x_TD.shape[0],
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+
+class NativeExperts:
+    """E experts: w13 [2F, D], gate rows first, `gated`, and w2 [D, F] of each; D and F multiples of PANEL."""
+
+    def __init__(self, w13: Sequence[NativeWeight], w2: Sequence[NativeWeight]) -> None:
+        self._held = (*w13, *w2)
+        self._w13 = (_Weight * len(w13))(*(w.struct for w in w13))
+        self._w2 = (_Weight * len(w2))(*(w.struct for w in w2))
+
+    def routed(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
+        """Sum over k of weights_TK (float32) times the output of expert experts_TK (int64): [T, D]."""
+        x_TD, weights_TK, experts_TK = x_TD.contiguous(), weights_TK.contiguous(), experts_TK.contiguous()
+        out = torch.empty_like(x_TD)
+        tokens, top_k = experts_TK.shape
+        _library().moeforge_experts(
+            ctypes.addressof(self._w13),
+            ctypes.addressof(self._w2),
+            len(self._w13),
+            x_TD.data_ptr(),
+            tokens,
+            top_k,
+            experts_TK.data_ptr(),
+            weights_TK.data_ptr(),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+
+def choose_experts(
+    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, top_k: int, scale: float | None, renormalize: bool
+) -> tuple[Tensor, Tensor]:
+    """Weights [T, K] and experts [T, K] as `gate` chooses them by float32 logits of weight_ED and bias_E (float32)."""
+    x_TD = x_TD.contiguous()
+    tokens, hidden = x_TD.shape
+    gate = _Gate(
+        weight_ED.data_ptr(),
+        None if bias_E is None else bias_E.data_ptr(),
+        weight_ED.shape[0],
+        hidden,
+        top_k,
+        scale or 0.0,
+        renormalize,
+    )
+    weights_TK = torch.empty(tokens, top_k, dtype=torch.float32)
+    experts_TK = torch.empty(tokens, top_k, dtype=torch.int64)
+    _library().moeforge_choose(
+        ctypes.addressof(gate),
+        x_TD.data_ptr(),
+        tokens,
+        weights_TK.data_ptr(),
+        experts_TK.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return weights_TK, experts_TK
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """As `moeforge.kernels.rms_norm`."""
+    x_TD = x_TD.contiguous()
+    out, width = torch.empty_like(x_TD), x_TD.shape[-1]
+    _library().moeforge_rms_norm(
+        x_TD.data_ptr(), weight_D.data_ptr(), x_TD.numel() // width, width, eps, out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def swiglu(h: Tensor) -> Tensor:
+    """As `moeforge.kernels.swiglu`."""
+    h = h.contiguous()
+    width = h.shape[-1] // 2
+    out = h.new_empty(*h.shape[:-1], width)
+    _library().moeforge_swiglu(
+        h.data_ptr(), out.numel() // max(width, 1), width, out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def swiglu_backward(h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """As `moeforge.kernels.swiglu.swiglu_backward`."""
+    h, grad = h.contiguous(), grad.contiguous()
+    width = grad.shape[-1]
+    out, grad_h = torch.empty_like(grad), torch.empty_like(h)
+    _library().moeforge_swiglu_backward(
+        h.data_ptr(),
+        grad.data_ptr(),
+        grad.numel() // max(width, 1),
+        width,
+        out.data_ptr(),
+        grad_h.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, grad_h
+
+
+def split_qkv(qkv_TGxh: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[T, G, H/G + 2, h] to q [T, H, h], k and v [T, G, h], q and k turned by cos and sin [T, 1, h/2]."""
+    tokens, groups, heads, head_dim = qkv_TGxh.shape
+    q = qkv_TGxh.new_empty(tokens, groups * (heads - 2), head_dim)
+    k, v = (qkv_TGxh.new_empty(tokens, groups, head_dim) for _ in range(2))
+    _library().moeforge_split_qkv(
+        qkv_TGxh.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        tokens,
+        groups,
+        heads - 2,
+        head_dim,
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return q, k, v
+
+
+def has_head_dim(head_dim: int) -> bool:
+    """Whether `attend` knows heads of this size."""
+    return head_dim in _HEAD_DIMS
+
+
+def attend(q_BHh: Tensor, pages: Tensor, table_BP: Tensor, length_B: Tensor, window: int | None) -> Tensor:
+    """As `moeforge.kernels.paged_attention_decode`."""
+    keys, values = pages
+    q_BHh, table_BP = q_BHh.contiguous(), table_BP.contiguous()
+    _, page_size, groups, head_dim = keys.shape
+    sequences, heads, _ = q_BHh.shape
+    attention = _Attention(
+        keys.data_ptr(),
+        values.data_ptr(),
+        page_size,
+        groups,
+        heads // groups,
+        head_dim,
+        table_BP.shape[1],
+        window or 0,
+        head_dim**-0.5,
+        pages.dtype == torch.uint8,
+    )
+    out = torch.empty_like(q_BHh)
+    _library().moeforge_attend(
+        ctypes.addressof(attention),
+        q_BHh.data_ptr(),
+        table_BP.data_ptr(),
+        length_B.data_ptr(),
+        sequences,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeforge.kernels import linear_cross_entropy
 
@@ -125,3 +128,29 @@ def test_one_side_frozen(frozen: str) -> None:
     expected = F.cross_entropy(x @ weight.t(), targets, ignore_index=-100, reduction="sum")
     torch.testing.assert_close(live.grad, torch.autograd.grad(expected, live)[0])
     assert held.grad is None
+
+
+class Products(TorchDispatchMode):
+    """Shapes of the matrices that were multiplied by something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.mul and args[0].dim() == 2:
+            self.shapes.append(args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_split_backward_scales_one_gradient_at_a_time() -> None:
+    """By the functions with which torch's pipeline stages split it."""
+    x, weight, targets = problem(7, torch.float64)
+    loss = torch.stack([linear_cross_entropy(x, weight, targets) * 0.37])
+    wanted = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    with Products() as of_input:
+        _, groups = stage_backward_input([loss], None, [x], iter([weight]))
+    with Products() as of_weight:
+        stage_backward_weight(iter([weight]), groups)
+    assert (of_input.shapes, of_weight.shapes) == ([x.shape], [weight.shape])
+    assert torch.equal(x.grad, wanted[0]) and torch.equal(weight.grad, wanted[1])

@@ -11,6 +11,8 @@ from moeforge.kernels.linear import PreparedWeight, Weight, linear
 from moeforge.kernels.norm import rms_norm
 from moeforge.kernels.permute import Permutation, combine, expert_permutation, gather, row_alignment
 from moeforge.kernels.prepared_experts import PreparedExperts
+from moeforge.kernels.prepared_gate import PreparedGate
+from moeforge.kernels.qkv import split_qkv, split_rotated_qkv
 from moeforge.kernels.rope import rotate
 from moeforge.kernels.swiglu import swiglu, swiglu_invariant
 
@@ -18,6 +20,7 @@ __all__ = [
     "Gate",
     "Permutation",
     "PreparedExperts",
+    "PreparedGate",
     "PreparedWeight",
     "Weight",
     "combine",
@@ -32,6 +35,8 @@ __all__ = [
     "rms_norm",
     "rotate",
     "row_alignment",
+    "split_qkv",
+    "split_rotated_qkv",
     "swiglu",
     "swiglu_invariant",
 ]

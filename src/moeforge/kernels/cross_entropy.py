@@ -34,34 +34,51 @@ def _softmax_minus_target(logits: Tensor, targets: Tensor, ignore: int, keep: bo
     return loss
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore: int) -> Tensor:
-        loss = torch.zeros((), dtype=widen(x[:0]).dtype, device=x.device)
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        grad_x = torch.empty_like(x) if wanted else None
-        grad_weight = None
-        for start in range(0, x.shape[0], _CHUNK):
-            part = slice(start, start + _CHUNK)
-            logits = x[part] @ weight.t()
-            loss += _softmax_minus_target(logits, targets[part], ignore, keep=wanted)
-            if grad_x is None:
-                continue
-            # The gradients are made while the logits are at hand, and scaled by the incoming scalar later.
-            torch.mm(logits, weight, out=grad_x[part])
-            if grad_weight is None:
-                grad_weight = logits.t() @ x[part]
-            else:
-                grad_weight.addmm_(logits.t(), x[part])
-        ctx.save_for_backward(grad_x, grad_weight)
-        return loss
+class _Gradient(torch.autograd.Function):
+    """0, whose gradient for `x` is the given one times the incoming scalar."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_x, grad_weight = ctx.saved_tensors
+    def forward(ctx: Any, x: Tensor, gradient: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return torch.zeros_like(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         # A scalar tensor does not widen the product, and stays in its own precision: 1 / tokens is no bf16 number.
-        scale = grads[0]
-        return grad_x * scale, None if grad_weight is None else grad_weight * scale, None, None
+        return ctx.saved_tensors[0] * grads[0], None, None
+
+
+def with_gradients(loss: Tensor, *gradients: tuple[Tensor, Tensor | None]) -> Tensor:
+    """`loss`, a scalar computed without autograd, as a function of tensors whose gradients are at hand.
+
+    Each is a node of its own, so that a split backward pass scales one at a time.
+    """
+    for x, gradient in gradients:
+        if gradient is not None and x.requires_grad:
+            loss = loss + _Gradient.apply(x, gradient, loss.detach())
+    return loss
+
+
+@torch.no_grad()
+def _loss_and_gradients(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore: int, wanted: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    loss = torch.zeros((), dtype=widen(x[:0]).dtype, device=x.device)
+    grad_x = torch.empty_like(x) if wanted else None
+    grad_weight = None
+    for start in range(0, x.shape[0], _CHUNK):
+        part = slice(start, start + _CHUNK)
+        logits = x[part] @ weight.t()
+        loss += _softmax_minus_target(logits, targets[part], ignore, keep=wanted)
+        if grad_x is None:
+            continue
+        # The gradients are made while the logits are at hand, and scaled by the incoming scalar later.
+        torch.mm(logits, weight, out=grad_x[part])
+        if grad_weight is None:
+            grad_weight = logits.t() @ x[part]
+        else:
+            grad_weight.addmm_(logits.t(), x[part])
+    return loss, grad_x, grad_weight
 
 
 def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, ignore: int = -100) -> Tensor:
@@ -70,7 +87,6 @@ def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, ign
     Scalar in float32 (float64 for float64 inputs). The gradients are computed in the forward pass, chunk by
     chunk (Liger kernel's scheme), so that the logits [T, V] never exist as a whole.
     """
-    if not torch.is_grad_enabled():
-        # Inside the function this cannot be told: there, inputs count as differentiable also under no_grad.
-        x_TD, weight_VD = x_TD.detach(), weight_VD.detach()
-    return _LinearCrossEntropy.apply(x_TD, weight_VD, targets_T, ignore)
+    wanted = torch.is_grad_enabled() and (x_TD.requires_grad or weight_VD.requires_grad)
+    loss, grad_x, grad_weight = _loss_and_gradients(x_TD, weight_VD, targets_T, ignore, wanted)
+    return with_gradients(loss, (x_TD, grad_x), (weight_VD, grad_weight))

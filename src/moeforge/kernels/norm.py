@@ -8,12 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeforge.kernels import native
+from moeforge.kernels.backend import use_triton
 from moeforge.kernels.precision import widen
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if use_triton(x):
+            from moeforge.kernels.triton.norm import rms_norm_forward
+
+            out, rstd = rms_norm_forward(x, weight, eps)
+            ctx.save_for_backward(x, weight, rstd)
+            return out
         wide = widen(x)
         rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         rstd.div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -23,6 +31,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
+        if use_triton(x):
+            from moeforge.kernels.triton.norm import rms_norm_backward
+
+            return *rms_norm_backward(grads[0], x, weight, rstd), None
         grad = widen(grads[0])
         unit = widen(x) * rstd
         d = x.shape[-1]
@@ -35,5 +47,11 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x [..., D], weight [D] (Zhang & Sennrich 2019)."""
     if not torch.is_grad_enabled():  # an autograd function costs as much as what it does to a few rows
+        if use_triton(x):
+            from moeforge.kernels.triton.norm import rms_norm_forward
+
+            return rms_norm_forward(x, weight, eps)[0]
+        if native.takes(x):
+            return native.rms_norm(x, weight, eps)
         return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
     return _RMSNorm.apply(x, weight, eps)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moeforge.kernels.backend import use_triton
 from moeforge.kernels.precision import widen
 
 _ALIGNMENT_16_BIT = 32
@@ -43,6 +44,13 @@ def expert_permutation(
     the host never waits. The last expert's group takes all remaining rows.
     """
     tokens, k = experts_TK.shape
+    # The largest size: each group that has rows is filled up with alignment - 1 of them at most.
+    rows = (tokens * k + min(tokens * k, num_experts) * (alignment - 1)) // alignment * alignment
+    spare = alignment if kept_TK is not None and tokens else 0
+    if use_triton(experts_TK):
+        from moeforge.kernels.triton.permute import permute
+
+        return Permutation(*permute(experts_TK, num_experts, kept_TK, alignment, rows + spare))
     if experts_TK.device.type == "cpu" and kept_TK is None and 0 < tokens * k <= _FEW:
         return _few(experts_TK, num_experts, alignment)
     experts_N = experts_TK.reshape(-1)
@@ -55,12 +63,7 @@ def expert_permutation(
     ends = aligned.cumsum(0)
     if experts_TK.device.type == "cpu":
         rows = int(ends[-1])
-    else:
-        rows = (tokens * k + num_experts * (alignment - 1)) // alignment * alignment
-    if kept_TK is not None:
-        rows += alignment
-    if tokens == 0:
-        rows = 0  # no token 0 to fill padding with
+    rows += spare  # none without tokens: there is no token 0 to fill it with
     # Shift from the dense sorted position to the aligned one, by expert; dropped assignments come last in the order.
     shift = (ends - aligned) - (counts.cumsum(0) - counts)
     sorted_experts = experts_N[order_N]
@@ -108,6 +111,10 @@ class _Gather(torch.autograd.Function):
         (row,) = ctx.saved_tensors
         # Reading each token's K rows is deterministic and needs no atomic adds. Padding rows get no gradient
         # because `combine` gives them none.
+        if use_triton(grads[0]):
+            from moeforge.kernels.triton import permute
+
+            return permute.combine(grads[0], None, row), None, None
         out = grads[0].index_select(0, row[:, 0])
         for k in range(1, row.shape[1]):
             out += grads[0].index_select(0, row[:, k])
@@ -122,6 +129,10 @@ def gather(x_TD: Tensor, permutation: Permutation) -> Tensor:
 
 
 def _combined(y: Tensor, weights: Tensor, row: Tensor) -> Tensor:
+    if use_triton(y):
+        from moeforge.kernels.triton import permute
+
+        return permute.combine(y, weights, row)
     cast = weights.to(y.dtype)
     out = y.index_select(0, row[:, 0]).mul_(cast[:, :1])
     for k in range(1, row.shape[1]):
@@ -139,6 +150,10 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         y, weights, row = ctx.saved_tensors
         grad = grads[0]
+        if use_triton(y):
+            from moeforge.kernels.triton import permute
+
+            return *permute.combine_backward(grad, y, weights, row), None
         cast, wide = weights.to(y.dtype), widen(grad)
         grad_y = torch.zeros_like(y)
         grad_weights = torch.empty_like(weights)

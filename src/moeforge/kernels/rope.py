@@ -7,8 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeforge.kernels.backend import use_triton
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, backward: bool = False) -> Tensor:
+    if use_triton(x) and cos.shape[:-1] == (x.shape[0], 1) and x.dim() == 3:
+        from moeforge.kernels.triton.rope import rotate as rotate_on_gpu
+
+        return rotate_on_gpu(x, cos, sin, backward)
+    if backward:
+        sin = -sin
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     half = x.shape[-1] // 2
     a, b = x[..., :half], x[..., half:]
@@ -28,7 +36,7 @@ class _Rotate(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         grad = grads[0]
         # The cosine and sine may carry a length factor (yarn), so the transpose is the turn by the negative angle.
-        return _turned(grad, cos, -sin), None, None
+        return _turned(grad, cos, sin, backward=True), None, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

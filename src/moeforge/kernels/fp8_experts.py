@@ -1,0 +1,28 @@
+"""Feed-forward of many experts over weights in e4m3, for inference."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moeforge.kernels.backend import use_triton
+from moeforge.kernels.experts import expert_mlp
+from moeforge.kernels.fp8_weight import Activations, Fp8Weight, dequantize, fp8_expert_mlp_reference
+from moeforge.kernels.grouped import grouped_matmul
+from moeforge.kernels.swiglu import swiglu
+
+
+def fp8_expert_mlp(
+    x_RD: Tensor,
+    w13: Fp8Weight,
+    w2: Fp8Weight,
+    offsets_E: Tensor,
+    activations: Activations = "none",
+    input_scales: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    """As `fp8_expert_mlp_reference`: by Triton where it runs, else in x's dtype over dequantised weights."""
+    if use_triton(x_RD):
+        h = swiglu(grouped_matmul(x_RD, w13, offsets_E, activations, input_scales[0]))
+        return grouped_matmul(h, w2, offsets_E, activations, input_scales[1])
+    if activations == "none":
+        return expert_mlp(x_RD, dequantize(w13, x_RD.dtype), dequantize(w2, x_RD.dtype), offsets_E)
+    return fp8_expert_mlp_reference(x_RD, w13, w2, offsets_E, activations, input_scales, x_RD.dtype)

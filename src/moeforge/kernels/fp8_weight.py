@@ -1,0 +1,115 @@
+"""Weights in e4m3 with scales, as they lie in memory, and what is computed with them: the references.
+
+One form holds the three kinds of scales that checkpoints know: one for the tensor, one for each output channel, one for
+each block of 128 x 128. Scales of a tensor or a block are repeated for every 16 rows, so that matrices whose rows come
+from several tensors (fused q/k/v, gate and up) and shards cut at any multiple of 16 rows need nothing special.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeforge.kernels.fp8 import E4M3_MAX, from_e4m3, to_e4m3
+from moeforge.kernels.swiglu import swiglu
+
+GROUP_ROWS = 16
+"""Rows that share a scale in memory, except where every row has its own."""
+BLOCK = 128
+"""Columns that share a scale, counted from the global first column."""
+
+Activations = Literal["none", "dynamic", "static"]
+"""What multiplies the weights: inputs as they are, or in e4m3 with a scale a token, or with one fixed scale."""
+
+
+@dataclass(frozen=True)
+class Fp8Weight:
+    """dequantised[r, c] = values[r, c] * scales[r // group_rows, s(c)], with s(c) = (c + column_offset) // BLOCK, or 0
+    where there is one column of scales.
+
+    values e4m3 [..., N, K], scales float32 [..., n, k]: n = N (every row its own) or N / GROUP_ROWS rounded up; k = 1,
+    or as many blocks as the columns touch. `column_offset`: the global column of the first one, modulo BLOCK; only a
+    shard that cuts K has one.
+    """
+
+    values: Tensor
+    scales: Tensor
+    column_offset: int = 0
+
+    @property
+    def group_rows(self) -> int:
+        """Rows that share a scale: 1 or GROUP_ROWS."""
+        return 1 if self.scales.shape[-2] == self.values.shape[-2] else GROUP_ROWS
+
+    def unbind(self) -> list[Fp8Weight]:
+        """The matrices [N, K] of a stack [E, N, K]."""
+        pairs = zip(self.values.unbind(), self.scales.unbind(), strict=True)
+        return [Fp8Weight(values, scales, self.column_offset) for values, scales in pairs]
+
+
+def dequantize(weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
+    """The weight [..., N, K]: the products in float32, then rounded to `dtype`."""
+    rows, columns = weight.values.shape[-2:]
+    scales = weight.scales.repeat_interleave(weight.group_rows, -2)[..., :rows, :]
+    if scales.shape[-1] > 1:
+        scales = scales.repeat_interleave(BLOCK, -1)[..., weight.column_offset : weight.column_offset + columns]
+    return (from_e4m3(weight.values, torch.float32) * scales).to(dtype)
+
+
+def quantize_activations(x_RK: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x [R, K] as e4m3 values [R, K] and the scale that they are to be multiplied by: `scale` (one number), or one for
+    each row, float32 [R, 1]: its largest magnitude / 448, 1 for a row of zeros.
+
+    Values beyond +-448 saturate; a row with NaN or infinities holds NaN.
+    """
+    x_RK = x_RK.float()
+    if scale is None:
+        scale = F.pad(x_RK, (0, 1)).abs().amax(-1, keepdim=True) / E4M3_MAX  # padded: no columns, no maximum
+        scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+    return to_e4m3(x_RK / scale), scale
+
+
+def fp8_linear_reference(
+    x_RK: Tensor,
+    weight: Fp8Weight,
+    activations: Activations = "none",
+    input_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x W^T [R, N] in x's dtype: the reference, computed in `dtype` (None: float32, or float64 for a float64 x).
+
+    weight [N, K]; `input_scale` float32, one number, for static activations. The values of `activations` other than
+    "none" replace x by what `quantize_activations` makes of it.
+    """
+    dtype = dtype or torch.promote_types(x_RK.dtype, torch.float32)
+    matrix = dequantize(weight, dtype)
+    if activations == "none":
+        return F.linear(x_RK.to(dtype), matrix).to(x_RK.dtype)
+    values, scale = quantize_activations(x_RK, input_scale if activations == "static" else None)
+    return (F.linear(from_e4m3(values, dtype), matrix) * scale).to(x_RK.dtype)
+
+
+def fp8_expert_mlp_reference(
+    x_RD: Tensor,
+    w13: Fp8Weight,
+    w2: Fp8Weight,
+    offsets_E: Tensor,
+    activations: Activations = "none",
+    input_scales: tuple[Tensor | None, Tensor | None] = (None, None),
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`expert_mlp` over FP8 weights w13 [E, 2F, D] and w2 [E, D, F]: the reference, a loop over experts.
+
+    `input_scales`: of the inputs of w13 and of w2, for static activations. `dtype` as in `fp8_linear_reference`.
+    """
+    ends = offsets_E.tolist()
+    sizes = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    outputs = [x_RD[:0]]  # there may be no experts
+    for x, up, down in zip(x_RD.split(sizes), w13.unbind(), w2.unbind(), strict=True):
+        h = swiglu(fp8_linear_reference(x, up, activations, input_scales[0], dtype))
+        outputs.append(fp8_linear_reference(h, down, activations, input_scales[1], dtype))
+    return torch.cat(outputs)

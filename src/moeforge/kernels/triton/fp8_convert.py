@@ -1,0 +1,84 @@
+"""e4m3 in Triton. The type itself exists there from sm_89 on; elsewhere its bytes travel and integers convert them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moeforge.kernels.fp8 import E4M3
+
+_BLOCK = 1024
+
+
+def native(device: torch.device) -> bool:
+    """Whether the device's own instructions convert and multiply e4m3."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def as_argument(values: Tensor) -> Tensor:
+    """e4m3 values as a kernel takes them: as they are where the type is native, else their bytes."""
+    return values if native(values.device) else values.view(torch.uint8)
+
+
+@triton.jit
+def e4m3_to(values, dtype: tl.constexpr):
+    """Values or bytes of e4m3 in a wider dtype, exactly."""
+    if values.dtype == tl.uint8:
+        # In float16 the exponent has one bit more and a bias greater by 8: subnormals come right too.
+        bits = ((values & 0x80).to(tl.uint16) << 8) | ((values & 0x7F).to(tl.uint16) << 7)
+        wide = bits.to(tl.float16, bitcast=True) * 256.0
+        wide = tl.where((values & 0x7F) == 0x7F, float("nan"), wide)
+        return wide.to(dtype)
+    else:
+        return values.to(dtype)
+
+
+@triton.jit
+def to_e4m3_bytes(x):
+    """float32 as bytes of e4m3: to the nearest, ties to even, beyond +-448 to +-448, NaN to NaN."""
+    bits = x.to(tl.uint32, bitcast=True)
+    magnitude = tl.minimum(tl.abs(x), 448.0)
+    normal = magnitude.to(tl.uint32, bitcast=True)
+    normal = ((normal + 0x7FFFF + ((normal >> 20) & 1)) >> 20) - (120 << 3)
+    # 2^14 has 2^-9, the step of e4m3's subnormals, in its last place: the sum rounds to it.
+    subnormal = (magnitude + 16384.0).to(tl.uint32, bitcast=True) & 0xF
+    code = tl.where(magnitude < 0.015625, subnormal, normal)
+    code = tl.where(x != x, 0x7F, code)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def quantize_kernel(x, values, scales, columns, x_row, x_column, DYNAMIC: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    x += row * x_row
+    if DYNAMIC:
+        # Magnitudes as integers are in the same order, and NaN is the largest: tl.max would lose it.
+        largest = tl.zeros([BLOCK], tl.int32)
+        for begin in range(0, columns, BLOCK):
+            column = begin + lane
+            part = tl.load(x + column * x_column, mask=column < columns, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.abs(part).to(tl.int32, bitcast=True))
+        scale = tl.div_rn(tl.max(largest, 0).to(tl.float32, bitcast=True), 448.0)
+        scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)
+        tl.store(scales + row, scale)
+    else:
+        scale = tl.load(scales)
+    for begin in range(0, columns, BLOCK):
+        column = begin + lane
+        part = tl.load(x + column * x_column, mask=column < columns, other=0.0).to(tl.float32)
+        tl.store(values + row * columns + column, to_e4m3_bytes(tl.div_rn(part, scale)), mask=column < columns)
+
+
+def quantize_activations(x_RK: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`moeforge.kernels.fp8_weight.quantize_activations` in one kernel: the same bits."""
+    rows, columns = x_RK.shape
+    values = x_RK.new_empty(rows, columns, dtype=torch.uint8)
+    scales = x_RK.new_empty(rows, 1, dtype=torch.float32) if scale is None else scale
+    if rows:
+        quantize_kernel[(rows,)](
+            x_RK, values, scales, columns, *x_RK.stride(), DYNAMIC=scale is None, BLOCK=_BLOCK, num_warps=4
+        )
+    return values.view(E4M3), scales

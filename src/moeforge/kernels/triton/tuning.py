@@ -1,0 +1,71 @@
+"""Measuring tile sizes on this device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+from triton.testing import do_bench
+
+from moeforge.kernels.fp8 import to_e4m3
+from moeforge.kernels.fp8_weight import BLOCK, GROUP_ROWS, Activations, Fp8Weight
+from moeforge.kernels.triton.configs import BUCKETS, Config, Kind
+from moeforge.kernels.triton.grouped_matmul import grouped_matmul, grouped_weight_grad
+
+KINDS: tuple[Kind, ...] = ("16-bit", "weight-only", "w8a8", "weight-grad")
+SHAPES = ((16, 3072, 4608), (16, 4608, 1536))
+"""Experts, outputs, inputs: a Skywork-MoE expert's two matmuls on one of eight ranks."""
+
+
+def tune(device: torch.device) -> dict[str, dict[int, dict[str, int]]]:
+    """The fastest configuration of each kind and bucket of rows, as `configs.table_path(device name)` is to hold it.
+
+    Takes minutes on a GPU, most of them to compile.
+    """
+    return {kind: {rows: _fastest(kind, rows, device)._asdict() for rows in BUCKETS} for kind in KINDS}
+
+
+def candidates(kind: Kind, rows: int) -> Iterator[Config]:
+    """What is worth trying: 64 weight rows at least, so that sm_90 sums all in the same instructions."""
+    heights = [rows] if rows <= 32 else [rows // 2, rows]
+    for block_m in [64, 128] if kind == "weight-grad" else heights:
+        for block_n in (64, 128):
+            for num_warps in (4, 8):
+                for num_stages in (2, 3, 4):
+                    yield Config(block_m, block_n, num_warps, num_stages)
+
+
+def _fastest(kind: Kind, rows: int, device: torch.device) -> Config:
+    calls = [_call(kind, rows, *shape, device) for shape in SHAPES]
+    times: dict[Config, float] = {}
+    for candidate in candidates(kind, rows):
+        try:
+            times[candidate] = sum(_milliseconds(call, candidate) for call in calls)
+        except OutOfResources:  # of shared memory: another device's
+            continue
+    return min(times, key=lambda config: times[config])
+
+
+def _milliseconds(call: Callable[[Config], Tensor], config: Config) -> float:
+    median: Any = do_bench(lambda: call(config), warmup=5, rep=20, return_mode="median")
+    return float(median)
+
+
+def _call(kind: Kind, rows: int, experts: int, n: int, k: int, device: torch.device) -> Callable[[Config], Tensor]:
+    """A matmul of `rows` rows for each expert."""
+    x = torch.randn(experts * rows, k, device=device).half()
+    offsets = torch.arange(1, experts + 1, device=device, dtype=torch.int32) * rows
+    if kind == "weight-grad":
+        grad = torch.randn(experts * rows, n, device=device).half()
+        return lambda config: grouped_weight_grad(grad, x, offsets, config)
+    plain = torch.randn(experts, n, k, device=device)
+    if kind == "16-bit":
+        half = plain.half()
+        return lambda config: grouped_matmul(x, half, offsets, config=config)
+    scales = torch.ones(experts, -(-n // GROUP_ROWS), -(-k // BLOCK), device=device)
+    weight = Fp8Weight(to_e4m3(plain), scales)
+    activations: Activations = "none" if kind == "weight-only" else "dynamic"
+    return lambda config: grouped_matmul(x, weight, offsets, activations, config=config)

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moeforge.kernels import fp8_weight
+from moeforge.kernels.triton.fp8_convert import e4m3_to, quantize_activations, quantize_kernel, to_e4m3_bytes
+
+from .compiling import ARCHITECTURES, cross_compile
+
+
+@triton.jit
+def _decode(codes, out, DTYPE: tl.constexpr):
+    index = tl.arange(0, 256)
+    tl.store(out + index, e4m3_to(tl.load(codes + index), DTYPE))
+
+
+@triton.jit
+def _encode(x, out, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + index, to_e4m3_bytes(tl.load(x + index)))
+
+
+@pytest.mark.parametrize("dtype", [(torch.float16, tl.float16), (torch.float32, tl.float32)])
+def test_every_code_is_read_exactly(dtype: tuple[torch.dtype, tl.dtype], device: str) -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    out = torch.empty(256, dtype=dtype[0], device=device)
+    _decode[(1,)](codes.to(device), out, dtype[1])
+    expected = codes.view(torch.float8_e4m3fn).to(dtype[0])
+    torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def same_codes(ours: Tensor, expected: Tensor) -> bool:
+    """The same bytes, where any NaN is any other."""
+    ours, expected = (y.cpu().view(torch.uint8).int() for y in (ours, expected))
+    return bool(((ours == expected) | ((ours & expected & 0x7F) == 0x7F)).all())
+
+
+def test_rounding_agrees_with_torch(device: str) -> None:
+    """Every bfloat16, and every number halfway between two codes with its neighbours."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    half = (codes[1:] + codes[:-1]) / 2
+    halves = torch.cat([half, torch.nextafter(half, half + 1), torch.nextafter(half, half - 1)])
+    x = torch.cat([every, halves, -halves])
+    x = torch.cat([x, x.new_zeros(-x.numel() % 4096)])
+    out = torch.empty(x.shape, dtype=torch.uint8, device=device)
+    _encode[(x.numel() // 4096,)](x.to(device), out, 4096)
+    assert same_codes(out, x.clamp(-448, 448).to(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_activations_agree_with_the_reference(dtype: torch.dtype, device: str) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(7, 1500) * torch.tensor([1e-3, 1, 1, 1e2, 1, 1, 3]).unsqueeze(1)).to(dtype).to(device)
+    x[1] = 0
+    x[2, 1400] = torch.nan
+    x[4, 3] = -torch.inf
+    for inputs in (x, x.t().contiguous().t(), x[:1].expand(3, -1), x[:, :0], x[:0]):
+        for scale in (None, torch.tensor(0.004, device=device)):
+            values, scales = quantize_activations(inputs, scale)
+            expected, expected_scales = fp8_weight.quantize_activations(inputs, scale)
+            assert same_codes(values, expected)
+            assert torch.equal(scales.nan_to_num(-1), expected_scales.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiles(architecture: int) -> None:
+    types = {"x": "*bf16", "values": "*u8", "scales": "*fp32", "columns": "i32", "x_row": "i32"}
+    for dynamic in (True, False):
+        cross_compile(quantize_kernel, architecture, types, {"x_column": 1, "DYNAMIC": dynamic, "BLOCK": 1024})

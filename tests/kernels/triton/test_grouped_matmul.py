@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moeforge.kernels.fp8_weight import Fp8Weight, dequantize, quantize_activations
+from moeforge.kernels.triton import fp8_convert
+from moeforge.kernels.triton.configs import BLOCK_K, Config, Kind, default_config
+from moeforge.kernels.triton.grouped_matmul import (
+    grouped_input_grad,
+    grouped_matmul,
+    grouped_weight_grad,
+    matmul_kernel,
+    weight_grad_kernel,
+)
+
+from .compiling import ARCHITECTURES, cross_compile
+from .conftest import DTYPES
+
+SMALL = Config(16, 32, 4, 2, group_m=2)
+"""Small tiles, so that small problems have several of each kind."""
+GROUPS = [[3, 0, 17, 1], [0, 0, 37], [21], [0, 5, 0, 0, 40, 0]]
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def offsets_of(sizes: list[int], device: str) -> Tensor:
+    return torch.tensor(sizes, device=device).cumsum(0).to(torch.int32)
+
+
+def by_hand(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+    """x W^T of each expert's rows, in float64."""
+    pairs = zip(x.double().split(sizes), weight.double(), strict=True)
+    return torch.cat([rows @ matrix.T for rows, matrix in pairs])
+
+
+def assert_near(ours: Tensor, exact: Tensor, tolerance: float | None = None) -> None:
+    """Relative to the largest element: single ones may be sums that cancel."""
+    limit = TOLERANCE[ours.dtype] if tolerance is None else tolerance
+    assert (ours.double() - exact).abs().max() <= limit * exact.abs().max()
+
+
+def fp8_weight(experts: int, n: int, k: int, kind: str, device: str) -> Fp8Weight:
+    """Random values, every code but NaN among them, and random scales of a kind."""
+    codes = torch.randint(0, 256, (experts, n, k), dtype=torch.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 1
+    rows = n if kind == "channel" else -(-n // 16)
+    columns = -(-k // 128) if kind == "block" else 1
+    scales = torch.rand(experts, rows, columns) + 0.1
+    return Fp8Weight(codes.view(torch.float8_e4m3fn).to(device), scales.to(device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", GROUPS)
+def test_products_and_both_gradients(sizes: list[int], dtype: torch.dtype, device: str) -> None:
+    torch.manual_seed(0)
+    n, k = 37, 45
+    x, weight = torch.randn(sum(sizes), k).to(device, dtype), torch.randn(len(sizes), n, k).to(device, dtype)
+    grad = torch.randn(sum(sizes), n).to(device, dtype)
+    offsets = offsets_of(sizes, device)
+    assert_near(grouped_matmul(x, weight, offsets, config=SMALL), by_hand(x, weight, sizes))
+    exact = by_hand(grad, weight.transpose(1, 2), sizes)
+    assert_near(grouped_input_grad(grad, weight, offsets, config=SMALL), exact)
+    weight_grad = grouped_weight_grad(grad, x, offsets, config=SMALL)
+    exact = torch.stack([g.T @ y for g, y in zip(grad.double().split(sizes), x.double().split(sizes), strict=True)])
+    assert_near(weight_grad, exact)
+    assert not weight_grad[torch.tensor(sizes) == 0].any()
+
+
+def test_strided_and_expanded_inputs(device: str) -> None:
+    torch.manual_seed(0)
+    sizes = [9, 0, 12]
+    offsets, weight = offsets_of(sizes, device), torch.randn(3, 20, 48, device=device)[:, :, 1::2]
+    x = torch.randn(24, 42, device=device).t()[::2]
+    assert_near(grouped_matmul(x, weight, offsets, config=SMALL), by_hand(x, weight, sizes))
+    for grad in (torch.tensor(0.7, device=device).expand(21, 20), torch.randn(21, 1, device=device).expand(21, 20)):
+        contiguous = grad.contiguous()
+        expected = grouped_input_grad(contiguous, weight, offsets, config=SMALL)
+        assert torch.equal(grouped_input_grad(grad, weight, offsets, config=SMALL), expected)
+        expected = grouped_weight_grad(contiguous, x, offsets, config=SMALL)
+        assert torch.equal(grouped_weight_grad(grad, x, offsets, config=SMALL), expected)
+
+
+def test_nothing_in_any_dimension(device: str) -> None:
+    offsets = offsets_of([0, 0], device)
+    assert grouped_matmul(torch.ones(0, 8, device=device), torch.ones(2, 4, 8, device=device), offsets).shape == (0, 4)
+    assert grouped_matmul(torch.ones(0, 8, device=device), torch.ones(2, 0, 8, device=device), offsets).shape == (0, 0)
+    assert not grouped_weight_grad(torch.ones(0, 4, device=device), torch.ones(0, 8, device=device), offsets).any()
+    some = offsets_of([1, 2], device)
+    assert not grouped_matmul(torch.ones(3, 0, device=device), torch.ones(2, 4, 0, device=device), some).any()
+
+
+def test_rows_past_the_last_offset_disturb_nothing(device: str) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 32, device=device), torch.randn(2, 16, 32, device=device)
+    x[30:] = torch.nan
+    offsets = offsets_of([13, 17], device)
+    assert_near(grouped_matmul(x, weight, offsets, config=SMALL)[:30], by_hand(x[:30], weight, [13, 17]))
+    grad = torch.randn(64, 16, device=device)
+    assert grouped_weight_grad(grad, x, offsets, config=SMALL).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["tensor", "channel", "block"])
+@pytest.mark.parametrize("native", [True, False])
+def test_fp8_weights(native: bool, kind: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the type itself and through its bytes."""
+    if device == "cuda" and native and not fp8_convert.native(torch.device(device)):
+        pytest.skip("no e4m3 on this GPU")
+    monkeypatch.setattr(fp8_convert, "native", lambda _: native)
+    torch.manual_seed(0)
+    sizes = [3, 0, 18]
+    weight = fp8_weight(len(sizes), 40, 200, kind, device)
+    x = torch.randn(21, 200).to(device, dtype)
+    offsets = offsets_of(sizes, device)
+    wide = dequantize(weight, torch.float64)
+    assert_near(grouped_matmul(x, weight, offsets, config=SMALL), by_hand(x, wide, sizes))
+    for activations, scale in (("dynamic", None), ("static", torch.tensor(0.006, device=device))):
+        values, scales = quantize_activations(x, scale)
+        exact = by_hand(values.double() * scales.double(), wide, sizes)
+        assert_near(grouped_matmul(x, weight, offsets, activations, scale, config=SMALL), exact)
+
+
+@pytest.mark.parametrize("cuts", [[0, 16, 176, 192, 336, 400], [0, 112, 240, 400]])
+def test_shards_of_block_scaled_weights_sum_to_the_whole(cuts: list[int], device: str) -> None:
+    torch.manual_seed(0)
+    sizes, whole = [5, 11], fp8_weight(2, 48, 400, "block", device)
+    x, offsets = torch.randn(16, 400, device=device), offsets_of(sizes, device)
+    total = torch.zeros(16, 48, dtype=torch.float64, device=device)
+    for begin, end in zip(cuts, cuts[1:], strict=False):
+        scales = whole.scales[:, :, begin // 128 : -(-end // 128)]
+        shard = Fp8Weight(whole.values[:, :, begin:end], scales, begin % 128)
+        part = grouped_matmul(x[:, begin:end], shard, offsets, config=SMALL)
+        assert_near(part, by_hand(x[:, begin:end], dequantize(shard, torch.float64), sizes))
+        total += part
+    assert_near(total.float(), by_hand(x, dequantize(whole, torch.float64), sizes), 1e-5)
+
+
+def test_nan_stays_in_its_row_and_column(device: str) -> None:
+    torch.manual_seed(0)
+    sizes, weight = [4, 6], fp8_weight(2, 24, 144, "block", device)
+    weight.values.view(torch.uint8)[1, 5, 130] = 0xFF
+    x = torch.randn(10, 144, device=device)
+    x[2, 7] = torch.nan
+    expected = torch.zeros(10, 24, dtype=torch.bool, device=device)
+    expected[2] = True
+    expected[4:, 5] = True
+    for activations in ("none", "dynamic"):
+        y = grouped_matmul(x, weight, offsets_of(sizes, device), activations, config=SMALL)
+        assert torch.equal(y.isnan(), expected)
+
+
+@pytest.mark.parametrize("activations", ["none", "dynamic"])
+def test_bits_of_a_row_do_not_depend_on_its_batch_mates(activations: str, device: str) -> None:
+    """Nor on the tiles: those of few rows and those of many sum alike."""
+    torch.manual_seed(0)
+    sizes, weight = [40, 9], fp8_weight(2, 64, 272, "block", device)
+    plain = torch.randn(2, 64, 272, device=device).half()
+    x = torch.randn(49, 272, device=device).half()
+    few, many = Config(16, 64, 4, 3), Config(64, 64, 4, 2)
+    alone = offsets_of([0, 1], device)
+    for w in (weight, plain):
+        kind = activations if isinstance(w, Fp8Weight) else "none"
+        y = grouped_matmul(x, w, offsets_of(sizes, device), kind, config=many)
+        assert torch.equal(grouped_matmul(x[44:45], w, alone, kind, config=few), y[44:45])
+
+
+STRIDES = ("x_row", "w_expert", "w_row", "w_scale_expert", "w_scale_row", "w_scale_column", "column_offset")
+
+
+def compile_matmul(
+    architecture: int, kind: Kind, rows: int, block_scales: bool = False, grouped: bool = True, transposed: bool = False
+) -> Any:
+    """The default configuration of a bucket of rows, as a launch of contiguous tensors specialises it."""
+    tile = default_config(kind, rows)
+    x = "*fp32" if kind == "float32" else "*bf16"
+    e4m3 = "*fp8e4nv" if architecture >= 89 else "*u8"
+    types = dict.fromkeys(("rows", "N", "K", "x_scale_row", *STRIDES), "i32")
+    fp8 = kind in ("weight-only", "w8a8") or block_scales
+    types |= {"x": e4m3 if kind == "w8a8" else x, "w": e4m3 if fp8 else x, "y": x}
+    types |= {"w_scales": "*fp32"} if fp8 else {}
+    types |= {"x_scales": "*fp32"} if kind == "w8a8" else {}
+    types |= {"offsets": "*i32"} if grouped else {}
+    if transposed:
+        types["w_column"] = types.pop("w_row")
+    constants = dict.fromkeys({"offsets", "x_scales", "w_scales"} - types.keys())
+    constants |= dict.fromkeys({"x_column", "w_row", "w_column"} - types.keys(), 1)
+    constants |= {
+        "EXPERTS": 16,
+        "PADDED": 16,
+        "GROUP_ROWS": 16,
+        "BLOCK_SCALES": block_scales,
+        "NATIVE": architecture >= 89 and kind == "w8a8",
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": BLOCK_K[kind],
+        "GROUP_M": tile.group_m,
+    }
+    return cross_compile(matmul_kernel, architecture, types, constants, tile.num_warps, tile.num_stages)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiles_to_tensor_core_instructions(architecture: int) -> None:
+    for fp8 in (False, True):
+        assert "mma" not in compile_matmul(architecture, "float32", 64, fp8).asm["ptx"]  # it would round to TF32
+    mma = "mma.sync.aligned.m16n8k{1}.row.col.f32.{2}"
+    wide = "wgmma.mma_async.sync.aligned.m64n{}k{}.f32.{}" if architecture >= 90 else mma
+    depth, operands = (32, "e4m3.e4m3") if architecture >= 89 else (16, "f16.f16")
+    for compiled, instruction in (
+        (compile_matmul(architecture, "16-bit", 16), wide.format(16, 16, "bf16.bf16")),
+        (compile_matmul(architecture, "16-bit", 128, transposed=True), wide.format(128, 16, "bf16.bf16")),
+        (compile_matmul(architecture, "weight-only", 16, block_scales=True), wide.format(16, 16, "bf16.bf16")),
+        (compile_matmul(architecture, "weight-only", 128, grouped=False), wide.format(128, 16, "bf16.bf16")),
+        (compile_matmul(architecture, "w8a8", 16), wide.format(16, depth, operands)),
+        (compile_matmul(architecture, "w8a8", 128, block_scales=True), wide.format(128, depth, operands)),
+    ):
+        assert instruction in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_weight_gradient_compiles(dtype: str, architecture: int) -> None:
+    tile = default_config("weight-grad", 128)
+    types = {name: f"*{dtype}" for name in ("grad", "x", "out")} | {"offsets": "*i32"}
+    types |= dict.fromkeys(("N", "K", "grad_row", "x_row"), "i32")
+    constants = {"grad_column": 1, "x_column": 1, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    constants["BLOCK_R"] = BLOCK_K["float32" if dtype == "fp32" else "16-bit"]
+    cross_compile(weight_grad_kernel, architecture, types, constants, tile.num_warps, tile.num_stages)

@@ -129,6 +129,7 @@ class _Part:
     offset: tuple[int, ...]
     size: tuple[int, ...]
     shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
 
 
 def test_a_part_is_cut_and_nothing_else_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -235,18 +236,31 @@ def test_nothing_is_said_beside_the_result(tmp_path: Path, model: Model, train_f
     """transformers knows no model_type "moeforge" and says so; that is no news to who made the model."""
     path = model("moe")
     assert "rope_scaling" not in json.loads((path / "config.json").read_text())
-    generate = python("generate", path, "--prompt", "w1")
-    assert (generate.returncode, generate.stderr) == (0, "")
-    train = python("train", train_file(path))
-    assert train.returncode == 0
+    generate, train = programs(["generate", str(path), "--prompt", "w1"], ["train", str(train_file(path))])
+    assert (generate.code, generate.err) == (0, "")
+    assert train.code == 0
     for noise in ("Warning", "warn", "You are using", "deprecated"):
-        assert noise not in train.stderr
+        assert noise not in train.err
 
 
-def python(*arguments: object, preexec: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
-    """`moeforge` as a program of its own."""
-    command = [sys.executable, "-m", "moeforge", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, preexec_fn=preexec)
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def programs(*lines: list[str], preexec: Callable[[], None] | None = None) -> list[Done]:
+    """Command lines one after the other, in a process of their own that has done nothing else."""
+    program = (
+        "import json, sys; from moeforge.cli.app import main\n"
+        "for line in json.loads(sys.argv[1]):\n"
+        "    print(end=f'\\0{main(line)}\\0', flush=True); print(end='\\0', file=sys.stderr, flush=True)"
+    )
+    command = [sys.executable, "-c", program, json.dumps(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=preexec)
+    out, err = done.stdout.split("\0")[:-1], done.stderr.split("\0")[:-1]
+    assert len(err) == len(lines), done.stderr
+    return [Done(int(out[2 * i + 1]), out[2 * i], err[i]) for i in range(len(lines))]
 
 
 def no_privileges() -> None:
@@ -264,8 +278,7 @@ def test_files_that_may_not_be_read_or_written(tmp_path: Path, model: Model, com
         str(path / WEIGHTS): command("inspect", path),
         str(closed): ["upcycle", str(model("sharded")), str(closed / "out"), "--experts", "4"],
     }
-    for named, arguments in runs.items():
-        done = python(*arguments, preexec=no_privileges)
-        assert (done.returncode, done.stdout) == (2, ""), done.stderr
-        assert named in done.stderr and done.stderr.count("\n") == 1
+    for named, done in zip(runs, programs(*runs.values(), preexec=no_privileges), strict=True):
+        assert (done.code, done.out) == (2, ""), done.err
+        assert named in done.err and done.err.count("\n") == 1
     assert list(closed.iterdir()) == []

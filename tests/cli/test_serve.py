@@ -198,6 +198,7 @@ def _workers(server: subprocess.Popen[str]) -> list[int]:
     return [pid for pid in map(int, children) if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
+@pytest.mark.slow  # as a killed rank in tests/serve/openai, with another client
 def test_a_killed_worker_ends_every_stream_and_the_server(process: Any) -> None:
     server, ready = process("--tp", "2")
     assert ready["ranks"] == 2

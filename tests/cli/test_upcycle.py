@@ -79,6 +79,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: 
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
+@pytest.mark.slow  # as in test_full_disk.py, in processes of their own
 def test_full_disk_keeps_what_is_written_and_goes_on(tmp_path: Path) -> None:
     source, out = make_dense(tmp_path / "dense", ffn_size=512), tmp_path / "out"
     command = [sys.executable, "-m", "moeforge", "upcycle", source, str(out)]

@@ -1,5 +1,6 @@
 """Checkpoints in and out: families, safetensors, torch archives and GGUF, all under canonical names."""
 
+from moeforge.checkpoint.dequantized import dequantized
 from moeforge.checkpoint.device import pick_device
 from moeforge.checkpoint.load import load_model, load_part, save_model, write_model
 from moeforge.checkpoint.names import canonical_shapes, fuse, fused_names, fused_weight, unfuse
@@ -14,6 +15,7 @@ __all__ = [
     "canonical_shapes",
     "check_finite",
     "check_tokenizer",
+    "dequantized",
     "fuse",
     "fused_names",
     "fused_weight",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from moeforge.checkpoint.fp8_scales import INPUT_SCALE, WEIGHT_SCALE, memory_scales, row_scales
 from moeforge.checkpoint.names import fuse, fused_weight, unfuse
 from moeforge.checkpoint.open import open_checkpoint
 from moeforge.checkpoint.opened import Checkpoint
@@ -18,6 +19,7 @@ from moeforge.checkpoint.source import check_finite
 from moeforge.checkpoint.writer import ShardWriter, partial_directory, require_disk_space, require_free_directory
 from moeforge.config.model import ModelConfig
 from moeforge.errors import UserError
+from moeforge.kernels.fp8 import E4M3
 from moeforge.layout import Layout
 from moeforge.model import Transformer
 
@@ -36,23 +38,43 @@ def load_model(
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
-    opened = checkpoint
-
-    def read(name: str) -> Tensor:
-        stored = opened.tensor(name)
-        check_finite(f"{opened.path}: {name}", stored)
-        return stored.to(dtype or stored.dtype)
-
     with torch.device("meta"):
-        model = Transformer(opened.config, layout)
+        model = Transformer(checkpoint.config, layout)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    state = {}
     with torch.no_grad():
-        state = {name: weight.to(device, copy=True) for name, weight in fuse(opened.config, read)}
+        for name, weight in fuse(checkpoint.config, reader(checkpoint, dtype)):
+            state[name] = in_memory(name, weight, shapes[name]).to(device, copy=True)
     model.load_state_dict(state, assign=True)
     return model
 
 
+def reader(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Callable[[str], Tensor]:
+    """What `fuse` asks for: weights by canonical name, in `dtype` (None: as stored) unless they are FP8; scales in
+    float32, of every row. Raises UserError for NaN or infinite ones."""
+    quantization = checkpoint.config.quantization
+
+    def read(name: str) -> Tensor:
+        stored = checkpoint.tensor(name)
+        check_finite(f"{checkpoint.path}: {name}", stored)
+        if quantization is not None and name.endswith(WEIGHT_SCALE):
+            rows = checkpoint.shape(name.removesuffix(WEIGHT_SCALE) + ".weight")[0]
+            return row_scales(stored, rows, quantization.scales)
+        if name.endswith(INPUT_SCALE):
+            return stored.float().reshape(())
+        return stored if stored.dtype == E4M3 else stored.to(dtype or stored.dtype)
+
+    return read
+
+
+def in_memory(name: str, weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """What `fuse` gives under an in-memory name, as the parameter of this shape is: scales as few rows as it has."""
+    return memory_scales(weight, shape[-2]) if name.endswith("scales") else weight
+
+
 class Part(Protocol):
-    """A rank's part of a global tensor: seen as `view`, the box at `offset` of `size`, held in `shape`."""
+    """A rank's part of a global tensor: seen as `view`, the box at `offset` of `size`, held in `shape`; in `dtype`, or
+    where that is None as the model computes. Of scales, the box holds those of every row, `shape` perhaps fewer."""
 
     @property
     def view(self) -> tuple[int, ...]: ...
@@ -62,6 +84,8 @@ class Part(Protocol):
     def size(self) -> tuple[int, ...]: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype | None: ...
 
 
 def load_part(
@@ -72,23 +96,20 @@ def load_part(
     Weights are read one at a time, and only those that a part is of: no other stage's, no other rank's experts. Raises
     UserError for weights that are NaN or infinite.
     """
-
-    def read(name: str) -> Tensor:
-        stored = checkpoint.tensor(name)
-        check_finite(f"{checkpoint.path}: {name}", stored)
-        return stored.to(dtype)
-
+    read = reader(checkpoint, dtype)
     found = {}
     for name, part in parts.items():
         if not math.prod(part.size):
-            found[name] = torch.empty(part.shape, dtype=dtype, device=device)
+            found[name] = torch.empty(part.shape, dtype=part.dtype or dtype, device=device)
             continue
         view, offset, experts = part.view, part.offset, None
-        if ".experts." in name:
+        if ".experts." in name and view:
             experts = (offset[0], offset[0] + part.size[0])
             view, offset = (part.size[0], *view[1:]), (0, *offset[1:])
         whole = fused_weight(checkpoint.config, name, read, experts).reshape(view)
         box = whole[tuple(slice(begin, begin + length) for begin, length in zip(offset, part.size, strict=True))]
+        if name.endswith("scales"):
+            box = memory_scales(box.reshape(*part.shape[:-2], -1, part.shape[-1]), part.shape[-2])
         found[name] = box.reshape(part.shape).to(device, copy=True, memory_format=torch.contiguous_format)
     return found
 
@@ -101,8 +122,11 @@ def save_model(
 ) -> Path:
     """Write the model as a Hugging Face directory, in `dtype` (None: as it is), with another's tokenizer.
 
-    The directory appears whole or not at all. Raises UserError if it is in use, RunError if the disk is full.
+    The directory appears whole or not at all. Raises UserError if it is in use or the model has FP8 weights, RunError
+    if the disk is full.
     """
+    if model.config.quantization is not None:
+        raise UserError(f"{directory}: a model with FP8 weights is not written from memory; copy its directory")
     state = model.state_dict()
     width = (dtype or next(iter(state.values())).dtype).itemsize
 

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from moeforge.checkpoint.fp8_scales import INPUT_SCALE, WEIGHT_SCALE, disk_shape, input_shape
 from moeforge.config.model import ModelConfig
+from moeforge.config.quantization import QuantizationConfig, matrices
 
 Shape = tuple[int, ...]
 EMBED = "model.embed_tokens.weight"
@@ -55,7 +57,25 @@ def canonical_shapes(config: ModelConfig) -> dict[str, Shape]:
     shapes["model.norm.weight"] = (d,)
     if not c.tie_embeddings:
         shapes[HEAD] = (c.vocab_size, d)
-    return shapes
+    return shapes if c.quantization is None else _with_scales(c, c.quantization, shapes)
+
+
+def _with_scales(config: ModelConfig, quantization: QuantizationConfig, shapes: dict[str, Shape]) -> dict[str, Shape]:
+    fp8 = {
+        f"{module}.weight"
+        for matrix, modules in matrices(config).items()
+        if matrix not in quantization.kept
+        for module in modules
+    }
+    scaled: dict[str, Shape] = {}
+    for name, shape in shapes.items():
+        scaled[name] = shape
+        if name in fp8:
+            module = name.removesuffix(".weight")
+            scaled[module + WEIGHT_SCALE] = disk_shape(shape, quantization.scales)
+            if quantization.activations == "static":
+                scaled[module + INPUT_SCALE] = input_shape(quantization.scales)
+    return scaled
 
 
 _RENAMED = {
@@ -63,30 +83,44 @@ _RENAMED = {
     "attention.q_norm.weight": "self_attn.q_norm.weight",
     "attention.k_norm.weight": "self_attn.k_norm.weight",
     "attention.o.weight": "self_attn.o_proj.weight",
+    "attention.o.scales": "self_attn.o_proj.weight_scale",
+    "attention.o.input_scale": "self_attn.o_proj.input_scale",
     "attention.o.bias": "self_attn.o_proj.bias",
     "ffn.norm.weight": "post_attention_layernorm.weight",
     "ffn.router.weight": "block_sparse_moe.gate.weight",
     "ffn.router.bias": "block_sparse_moe.gate.bias",
     "ffn.router.scale": "block_sparse_moe.gate.scale",
     "ffn.w2.weight": "mlp.down_proj.weight",
+    "ffn.w2.scales": "mlp.down_proj.weight_scale",
+    "ffn.w2.input_scale": "mlp.down_proj.input_scale",
 }
+_KINDS = {"weight": "weight", "bias": "bias", "scales": "weight_scale", "input_scale": "input_scale"}
 _ENDS = {"embed.weight": EMBED, "head.norm.weight": "model.norm.weight", "head.weight": HEAD}
 
 
 def fused_names(config: ModelConfig) -> Iterator[str]:
     """Every in-memory name of this model, in the order of its units."""
     c = config
+
+    def scales(matrix: str, prefix: str) -> Iterator[str]:
+        if (fp8 := c.fp8(matrix)) is not None:
+            yield f"{prefix}scales"
+            if fp8.activations == "static":
+                yield f"{prefix}input_scale"
+
     yield "embed.weight"
     for i in range(c.num_layers):
         attention, ffn = f"layers.{i}.attention", f"layers.{i}.ffn"
         yield f"{attention}.norm.weight"
         yield f"{attention}.qkv.weight"
+        yield from scales(f"{attention}.qkv", f"{attention}.qkv.")
         if c.qkv_bias:
             yield f"{attention}.qkv.bias"
         if c.qk_norm != "none":
             yield f"{attention}.q_norm.weight"
             yield f"{attention}.k_norm.weight"
         yield f"{attention}.o.weight"
+        yield from scales(f"{attention}.o", f"{attention}.o.")
         if c.output_bias:
             yield f"{attention}.o.bias"
         yield f"{ffn}.norm.weight"
@@ -96,11 +130,13 @@ def fused_names(config: ModelConfig) -> Iterator[str]:
                 yield f"{ffn}.router.bias"
             if c.moe.gate_norm_learned:
                 yield f"{ffn}.router.scale"
-            yield f"{ffn}.experts.w13"
-            yield f"{ffn}.experts.w2"
+            for part in ("w13", "w2"):
+                yield f"{ffn}.experts.{part}"
+                yield from scales(f"{ffn}.experts", f"{ffn}.experts.{part}_")
         else:
-            yield f"{ffn}.w13.weight"
-            yield f"{ffn}.w2.weight"
+            for part in ("w13", "w2"):
+                yield f"{ffn}.{part}.weight"
+                yield from scales(f"{ffn}.{part}", f"{ffn}.{part}.")
     yield "head.norm.weight"
     if not c.tie_embeddings:
         yield "head.weight"
@@ -113,7 +149,8 @@ def fused_weight(
 
     Rows of q, k and v are regrouped by KV group: a group's query heads, its key head, its value head. Of stacked
     experts only those of the range `experts` (None: all) are asked for. Fused weights are new tensors, others what
-    `tensor` returned.
+    `tensor` returned. Scales are fused like the rows of the weights: for `NAME.weight_scale`, `tensor` gives those of
+    every row (`fp8_scales.row_scales`). Input scales of what is fused: the largest.
     """
     if name in _ENDS:
         return tensor(_ENDS[name])
@@ -121,17 +158,25 @@ def fused_weight(
     source = f"model.layers.{layer}"
     if part in _RENAMED:
         return tensor(f"{source}.{_RENAMED[part]}")
+    kind = part.rpartition(".")[2]
     if part.startswith("attention.qkv."):
-        kind = part.removeprefix("attention.qkv.")
-        parts = (tensor(f"{source}.self_attn.{letter}_proj.{kind}") for letter in "qkv")
+        parts = [tensor(f"{source}.self_attn.{letter}_proj.{_KINDS[kind]}") for letter in "qkv"]
+        if kind == "input_scale":
+            return torch.stack(parts).amax()
         grouped = [rows.unflatten(0, (config.num_kv_heads, -1)) for rows in parts]
         return torch.cat(grouped, dim=1).flatten(0, 1)
-    if part == "ffn.w13.weight":
-        return torch.cat([tensor(f"{source}.mlp.{half}_proj.weight") for half in ("gate", "up")])
+    if part.startswith("ffn.w13."):
+        parts = [tensor(f"{source}.mlp.{half}_proj.{_KINDS[kind]}") for half in ("gate", "up")]
+        return torch.stack(parts).amax() if kind == "input_scale" else torch.cat(parts)
     assert config.moe is not None, name
-    parts_of_one = {"ffn.experts.w13": ("w1", "w3"), "ffn.experts.w2": ("w2",)}[part]
-    begin, end = experts or (0, config.moe.num_experts)
-    return _stack_experts(range(begin, end), f"{source}.block_sparse_moe", parts_of_one, tensor)
+    fused, _, kind = part.removeprefix("ffn.experts.").partition("_")
+    modules = {"w13": ("w1", "w3"), "w2": ("w2",)}[fused]
+    every, block = range(config.moe.num_experts), f"{source}.block_sparse_moe"
+    if kind == "input_scale":
+        return torch.stack(
+            [tensor(f"{block}.experts.{e}.{module}.input_scale") for e in every for module in modules]
+        ).amax()
+    return _stack_experts(range(*experts) if experts else every, block, modules, _KINDS[kind or "weight"], tensor)
 
 
 def fuse(config: ModelConfig, tensor: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -140,11 +185,13 @@ def fuse(config: ModelConfig, tensor: Callable[[str], Tensor]) -> Iterator[tuple
         yield name, fused_weight(config, name, tensor)
 
 
-def _stack_experts(experts: range, block: str, parts: tuple[str, ...], tensor: Callable[[str], Tensor]) -> Tensor:
+def _stack_experts(
+    experts: range, block: str, parts: tuple[str, ...], kind: str, tensor: Callable[[str], Tensor]
+) -> Tensor:
     """[e, rows of all parts, columns] of at least one expert, filled one expert at a time."""
     stacked: Tensor | None = None
     for index, e in enumerate(experts):
-        expert = [tensor(f"{block}.experts.{e}.{part}.weight") for part in parts]
+        expert = [tensor(f"{block}.experts.{e}.{part}.{kind}") for part in parts]
         if stacked is None:
             stacked = expert[0].new_empty(len(experts), sum(len(part) for part in expert), expert[0].shape[1])
         torch.cat(expert, out=stacked[index])
@@ -153,7 +200,8 @@ def _stack_experts(experts: range, block: str, parts: tuple[str, ...], tensor: C
 
 
 def unfuse(config: ModelConfig, tensor: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (canonical name, weight): the inverse of `fuse`; `tensor` gives the weight of an in-memory name.
+    """Yield (canonical name, weight): the inverse of `fuse`, of models without FP8 weights; `tensor` gives the weight
+    of an in-memory name.
 
     Weights are views of what `tensor` returned, except q, k and v, which are copied into contiguous rows.
     """

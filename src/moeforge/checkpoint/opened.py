@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moeforge.checkpoint.families import canonical_name
+from moeforge.checkpoint.fp8_scales import INPUT_SCALE, WEIGHT_SCALE
 from moeforge.checkpoint.names import canonical_shapes
 from moeforge.checkpoint.source import Shape, WeightSource
 from moeforge.checkpoint.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files
@@ -31,8 +33,12 @@ class Checkpoint:
         self._on_disk = {canonical: disk for disk in source.names if (canonical := canonical_name(disk))}
         if config.tie_embeddings:
             self._on_disk.pop("lm_head.weight", None)
+        if config.quantization is not None and config.quantization.activations != "static":
+            # Some files carry scales of inputs that their own configuration does not use.
+            self._on_disk = {name: disk for name, disk in self._on_disk.items() if not name.endswith(INPUT_SCALE)}
+        self._shapes = canonical_shapes(config)
         self._check()
-        self.names = tuple(canonical_shapes(config))
+        self.names = tuple(self._shapes)
 
     def _check(self) -> None:
         layers, experts = self.config.num_layers, self.config.moe.num_experts if self.config.moe else 0
@@ -41,7 +47,7 @@ class Checkpoint:
                 f"{self.path}: config.json asks for {layers} layers and {experts} experts, but the files hold only "
                 f"{len(self._on_disk)} tensors; half-downloaded, or config.json belongs to other weights"
             )
-        expected = canonical_shapes(self.config)
+        expected = self._shapes
         for what, names in (
             ("missing", [name for name in expected if name not in self._on_disk]),
             ("not part of this model", [name for name in self._on_disk if name not in expected]),
@@ -51,12 +57,19 @@ class Checkpoint:
                 hint = "; half-downloaded, or config.json belongs to other weights" if what == "missing" else ""
                 raise UserError(f"{self.path}: {len(names)} tensors {what}: {shown}{hint}")
         for name, shape in expected.items():
-            if self.shape(name) != shape:
-                raise UserError(f"{self.path}: {name} has shape {self.shape(name)}; config.json asks for {shape}")
+            stored = self._source.shape(self._on_disk[name])
+            # One number is a scale of a tensor however it is shaped, N numbers are those of N rows.
+            is_scale = name.endswith((WEIGHT_SCALE, INPUT_SCALE))
+            if stored != shape and not (is_scale and math.prod(stored) == math.prod(shape) and len(stored) < 3):
+                raise UserError(f"{self.path}: {name} has shape {stored}; config.json asks for {shape}")
+            wanted = name.removesuffix(".weight") + WEIGHT_SCALE in expected
+            if (self.dtype(name) == torch.float8_e4m3fn) != wanted:
+                what = "float8_e4m3fn, as it has a scale" if wanted else "another, as it has no scale"
+                raise UserError(f"{self.path}: {name} is {self.dtype(name)}; its dtype must be {what}")
 
     def shape(self, name: str) -> Shape:
         """Shape of a canonical name, without reading it."""
-        return self._source.shape(self._on_disk[name])
+        return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype in which `tensor` gives a canonical name."""
@@ -64,7 +77,7 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """The weight as stored (GGUF: dequantised to float32), on the CPU; a read-only memory map."""
-        return self._source.tensor(self._on_disk[name])
+        return self._source.tensor(self._on_disk[name]).reshape(self._shapes[name])
 
     @property
     def tokenizer_files(self) -> list[Path]:

@@ -48,6 +48,10 @@ def check_finite(name: str, tensor: Tensor) -> None:
     """Raise UserError naming the tensor if it holds NaN or infinity."""
     if not tensor.is_floating_point():
         return
+    if tensor.dtype == torch.float8_e4m3fn:  # it has no infinity; NaN is all ones but for the sign
+        if (tensor.view(torch.uint8) & 0x7F == 0x7F).any():
+            raise UserError(f"{name}: the checkpoint holds NaN weights; only finite weights can be used")
+        return
     low, high = tensor.aminmax()  # passes NaN on, and unlike isfinite takes no memory
     if not (torch.isfinite(low) and torch.isfinite(high)):
         kind = "NaN" if low.isnan() else "infinite"

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from moeforge.checkpoint.families import disk_name
-from moeforge.checkpoint.names import canonical_shapes
+from moeforge.checkpoint.fp8_scales import WEIGHT_SCALE
+from moeforge.checkpoint.names import EMBED, HEAD, canonical_shapes
 from moeforge.config.hf import model_config_to_hf, on_disk_form
 from moeforge.config.model import ModelConfig
 from moeforge.errors import RunError, UserError, no_room
@@ -49,6 +50,7 @@ class ShardWriter:
         self.config = config
         self.partial = partial_directory(self.directory)
         self._shapes = canonical_shapes(config)
+        self._blocks = config.quantization is not None and config.quantization.scales == "block128"
         self._form = on_disk_form(config)
         self._shard_bytes = shard_bytes
         self._shards: list[dict[str, Any]] = []
@@ -82,7 +84,7 @@ class ShardWriter:
                 self._file.seek(self._header_bytes())
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             self._file.write(data.numpy().data)
-        self._header[disk_name(name, self._form)] = {
+        self._header[self._disk_name(name)] = {
             "dtype": _TAGS[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [self._offset, self._offset + size],
@@ -103,21 +105,32 @@ class ShardWriter:
                 final = "model.safetensors" if single else f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors"
                 if (self.partial / shard["file"]).exists():  # not yet renamed by a killed finish
                     (self.partial / shard["file"]).rename(self.partial / final)
-                weight_map.update({disk_name(name, self._form): final for name in shard["names"]})
+                weight_map.update({self._disk_name(name): final for name in shard["names"]})
             if len(self._shards) > 1:
                 total = sum(shard["bytes"] for shard in self._shards)
                 index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
                 write_json(self.partial / "model.safetensors.index.json", index)
-            write_json(self.partial / "config.json", model_config_to_hf(self.config, self._shards[0]["dtype"]))
+            data = model_config_to_hf(self.config, self._shards[0]["dtype"], self._unquantized())
+            write_json(self.partial / "config.json", data)
             if self.directory.is_dir():
                 self.directory.rmdir()
             self.partial.rename(self.directory)
             (self.directory / _JOURNAL).unlink()
         return self.directory
 
+    def _disk_name(self, name: str) -> str:
+        return disk_name(name, self._form, self._blocks)
+
+    def _unquantized(self) -> list[str]:
+        """The matrices but the embedding that have no scales, as modules on disk; the head even where it is tied."""
+        plain = (name for name, shape in self._shapes.items() if len(shape) == 2 and name.endswith(".weight"))
+        names = [name for name in plain if name not in (EMBED, HEAD)]
+        ours = [name for name in names if name.removesuffix(".weight") + WEIGHT_SCALE not in self._shapes]
+        return [self._disk_name(name).removesuffix(".weight") for name in (HEAD, *ours)]
+
     def _header_bytes(self) -> int:
         """Room for a header with every name of the model, in whole pages so that weights stay aligned."""
-        names = sum(len(disk_name(name, self._form)) + 160 for name in self._shapes)
+        names = sum(len(self._disk_name(name)) + 160 for name in self._shapes)
         return -(-(names + 64) // 4096) * 4096
 
     def _close_shard(self) -> None:

@@ -28,6 +28,7 @@ VERBS = {
     "quickstart": "The whole way on a real model: upcycle, train, evaluate, generate, report, serve.",
     "upcycle": "Turn a dense checkpoint into a mixture of experts.",
     "train": "Train a model from a TOML file.",
+    "quantize": "Make an FP8 checkpoint of a model, and say what it costs in quality.",
     "export": "Make a model directory of a training checkpoint.",
     "eval": "Held-out loss and perplexity of a model.",
     "generate": "Continue a prompt with a model.",

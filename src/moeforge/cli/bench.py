@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from moeforge.cli.output import Json, emit, stderr_console
+from moeforge.cli.output import Json, emit, jsonable, stderr_console
 from moeforge.errors import UserError
 from moeforge.files import write_whole
 
@@ -101,7 +101,7 @@ def serve(
         raise UserError(f"--rate {rate}: must be above 0, and without --http")
     if api_key_file is not None and url is None:
         raise UserError("--api-key-file: belongs to --url; a server of our own here has no key")
-    counts = _counts(concurrency)
+    counts = _counts("--concurrency", concurrency)
     if url is not None:
         result = _load(url, 1000, input_len, output_len, counts, rate, requests, seed, api_key_file)
         _emit_serve(result, json, out)
@@ -139,13 +139,13 @@ def serve(
     _emit_serve(result, json, out)
 
 
-def _counts(concurrency: str) -> list[int]:
+def _counts(option: str, given: str) -> list[int]:
     try:
-        counts = [int(count) for count in concurrency.split(",")]
+        counts = [int(count) for count in given.split(",")]
     except ValueError:
         counts = [0]
     if min(counts) < 1:
-        raise UserError(f"--concurrency {concurrency}: must be whole numbers from 1 on, with commas between them")
+        raise UserError(f"{option} {given}: must be whole numbers from 1 on, with commas between them")
     return list(dict.fromkeys(counts))
 
 
@@ -197,6 +197,51 @@ def _shown(latency: dict[str, float] | None) -> str:
     return "-" if latency is None else f"{latency['p50']:.0f} / {latency['p90']:.0f} / {latency['p99']:.0f} ms"
 
 
+def kernels(
+    rows: Annotated[str, typer.Option(help="Tokens of a decode step, with commas.")] = "1,8,32,64",
+    tune: Annotated[
+        bool, typer.Option("--tune", help="First measure tile sizes on this GPU, for minutes, and keep the fastest.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
+    json: Json = False,
+) -> None:
+    """What kernels reach of this machine's memory bandwidth and matmul rate, and of the peers' speed.
+
+    On a CPU those of a decode step in bf16 and FP8, against oneDNN and torch; on a GPU those of training and decoding,
+    against torch and transformers. Nothing else should run meanwhile.
+    """
+    import torch
+
+    from moeforge.bench.kernels_tune import check_tunable, tune_here
+    from moeforge.cli.kernel_tables import cpu_tables, gpu_table
+
+    counts, console = _counts("--rows", rows), stderr_console()
+
+    def note(line: str) -> None:
+        console.print(line, soft_wrap=True, highlight=False)
+
+    tuned = {}
+    if tune:
+        check_tunable()
+        tuned = {"tuned": tune_here()}
+    if torch.cuda.is_available():
+        from moeforge.bench.gpu import facts, kernel_cases, run_cases
+
+        device = torch.device("cuda", torch.cuda.current_device())
+        cases = list(run_cases(kernel_cases(device, counts), note))
+        result = {**facts(device), **tuned, "cases": cases}
+        emit(result, json, lambda: gpu_table(cases))
+    else:
+        from moeforge.bench.kernels import KernelBench, models
+        from moeforge.heap import keep_freed_memory
+
+        keep_freed_memory()
+        result = KernelBench(counts).run(models(), note)
+        emit(result, json, lambda: cpu_tables(result))
+    if out is not None:  # last: what took minutes to measure is shown even if it cannot be written
+        write_whole(out, jsonlib.dumps(jsonable(result), indent=2) + "\n")
+
+
 def calibrate(
     out: Annotated[Path, typer.Option(help="The TOML file to write.")],
     processes: Annotated[
@@ -237,4 +282,4 @@ def calibrate(
     write_whole(out, profile_toml(profile))  # last: what took minutes to measure is shown even if it cannot be written
 
 
-commands = {"train": train, "serve": serve, "calibrate": calibrate}
+commands = {"train": train, "serve": serve, "kernels": kernels, "calibrate": calibrate}

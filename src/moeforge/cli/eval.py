@@ -47,7 +47,7 @@ def command(
     tokenizer = checkpoint.tokenizer()
     loaded = load_for_inference(checkpoint, dtype, device)
     if words is None:
-        result = evaluate_tokens(loaded, _python_topics(tokenizer), window, max_tokens=max_tokens)
+        result = evaluate_tokens(loaded, python_topics(tokenizer)[1], window, max_tokens=max_tokens)
     else:
         result = evaluate_text(loaded, tokenizer, words, window, max_tokens=max_tokens)
     if not math.isfinite(result.loss):
@@ -56,12 +56,12 @@ def command(
     emit(dataclasses.asdict(result), json, human)
 
 
-def _python_topics(tokenizer: Any) -> list[int]:
-    """The held-out documentation topics of the running Python, one after another."""
+def python_topics(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The documentation topics of the running Python, one after another: those trained on, and those held out."""
     from moeforge.data import build_cache, python_source
 
     with tempfile.TemporaryDirectory(prefix="moeforge-eval-") as directory:
         (cache,) = build_cache(
             [python_source(max_bytes=0)], tokenizer, directory, holdout_fraction=_HOLDOUT_FRACTION, seed=_SEED
         )
-        return list(map(int, cache.held_out.tokens))
+        return list(map(int, cache.train.tokens)), list(map(int, cache.held_out.tokens))

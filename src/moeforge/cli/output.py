@@ -77,7 +77,7 @@ def emit(result: Mapping[str, Any], as_json: bool, human: Callable[[], Any] | st
         return
     stream = _results or sys.stdout
     if as_json:
-        print(json.dumps(_jsonable(result), allow_nan=False), file=stream, flush=True)
+        print(json.dumps(jsonable(result), allow_nan=False), file=stream, flush=True)
         return
     shown = human() if callable(human) else human
     if shown is None:
@@ -131,17 +131,18 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """`value` as `json.dumps` takes it; see `emit`."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, str | int):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _jsonable(dataclasses.asdict(value))
+        return jsonable(dataclasses.asdict(value))
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if hasattr(value, "tolist"):  # numpy and torch, scalars and arrays
-        return _jsonable(value.tolist())
+        return jsonable(value.tolist())
     return str(value)

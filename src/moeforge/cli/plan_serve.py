@@ -98,11 +98,16 @@ def _stored(model: str) -> WeightFormat:
         return "bf16"
     if path.is_dir() and not any(list(path.glob(pattern)) for pattern in ("*.safetensors*", "*.bin*", "*.gguf")):
         data = json_format.loads((path / "config.json").read_text(encoding="utf-8"))
+        if data.get("quantization_config"):
+            return "fp8"
         name = str(data.get("dtype") or data.get("torch_dtype"))
     else:
         from moeforge.checkpoint import open_checkpoint
         from moeforge.checkpoint.inference import pick_dtype
 
-        name = str(pick_dtype("auto", open_checkpoint(model))).removeprefix("torch.")
+        checkpoint = open_checkpoint(model)
+        if checkpoint.config.quantization is not None:
+            return "fp8"
+        name = str(pick_dtype("auto", checkpoint)).removeprefix("torch.")
     held: dict[str, WeightFormat] = {"float32": "fp32", "float64": "fp64"}
     return held.get(name, "bf16")

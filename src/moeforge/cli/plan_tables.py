@@ -33,9 +33,7 @@ def _facts(result: dict[str, Any]) -> str:
         "{world_size} process{es} = pp {pp} x dp {dp} x tp {tp}"
         + (mode if result["expert_mode"] else "")
         + "\nschedule {schedule}, {chunks} stage{s} a rank"
-    ).format(
-        **result, s="" if result["chunks"] == 1 else "s", es="" if result["world_size"] == 1 else "es"
-    )
+    ).format(**result, s="" if result["chunks"] == 1 else "s", es="" if result["world_size"] == 1 else "es")
 
 
 def _stages(result: dict[str, Any]) -> Table:

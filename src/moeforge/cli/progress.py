@@ -1,12 +1,24 @@
-"""The progress bar of a training run."""
+"""Progress bars on stderr: of a training run, and of work whose amount is known."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from moeforge.cli.output import stderr_console
 
 
 class TrainingBar:
@@ -47,3 +59,18 @@ class TrainingBar:
         # A line that stays at every evaluation; where no bar can be drawn (a log file, CI) more often.
         if "eval_loss" in row or (not self._console.is_terminal and row["step"] % self._every == 0):
             self._console.print(f"{self._title}: step {row['step']}  {note}", soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr; yields its update (done, total)."""
+    amount: ProgressColumn = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = (TextColumn(title), BarColumn(), amount, TimeRemainingColumn())
+    console = stderr_console()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        try:
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        except BaseException:
+            bar.live.transient = True  # the error's line stands alone
+            raise

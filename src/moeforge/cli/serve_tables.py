@@ -107,5 +107,5 @@ def _notes(result: dict[str, Any]) -> list[str]:
             "no host time; experts evenly used"
         )
     if result["weights"] == "fp8" or any("--weights fp8" in remedy["options"] for remedy in result["would_fit"]):
-        notes.append("moeforge serve cannot load FP8 weights yet: for now, --weights fp8 only plans")
+        notes.append("FP8 weights: those of a checkpoint that moeforge quantize wrote, or one like it")
     return notes

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from moeforge.cli.output import Json, emit, stderr_console
+from moeforge.cli.output import Json, emit
 from moeforge.cli.text import read_text
 from moeforge.errors import UserError
 
-Progress = Callable[[int, int], None]
 # As in moeforge.upcycle.config, which imports torch.
 Method = Literal["copy", "noise", "drop", "virtual-group"]
 Scaling = Literal["down", "cube-root", "none"]
@@ -83,6 +80,7 @@ def command(
     words = None if text is None else read_text("--text", text)
 
     from moeforge.checkpoint import open_checkpoint
+    from moeforge.cli.progress import progress_bar
     from moeforge.upcycle import UpcycleConfig, sample_tokens, upcycle
     from moeforge.upcycle import verify as compare
 
@@ -95,7 +93,7 @@ def command(
     donors = [open_checkpoint(name) for name in (source, *(donor or ()))]
     config.model_config(donors[0].config)
     tokens = sample_tokens(donors[0], words) if verify else None
-    with _bar("upcycling", "bytes") as progress:
+    with progress_bar("upcycling", "bytes") as progress:
         made = upcycle(donors, out, config, progress)
     result: dict[str, Any] = {
         "path": made.path,
@@ -108,7 +106,7 @@ def command(
     check = None
     if tokens is not None:
         units = made.config.num_layers + 1
-        with _bar("verifying", "layers") as progress:
+        with progress_bar("verifying", "layers") as progress:
             check = compare(
                 donors[0],
                 open_checkpoint(out),
@@ -136,23 +134,6 @@ def _gate_norm(value: str) -> Any:
         return float(value)
     except ValueError:
         raise UserError(f"--gate-norm = {value}: must be a positive number, off or auto") from None
-
-
-@contextmanager
-def _bar(title: str, unit: str) -> Iterator[Progress]:
-    """A progress bar on stderr; yields its update (done, total)."""
-    from rich import progress as rich
-
-    amount = rich.DownloadColumn() if unit == "bytes" else rich.MofNCompleteColumn()
-    columns = (rich.TextColumn(title), rich.BarColumn(), amount, rich.TimeRemainingColumn())
-    console = stderr_console()
-    with rich.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        try:
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        except BaseException:
-            bar.live.transient = True  # the error's line stands alone
-            raise
 
 
 def _summary(made: Any, check: Any) -> str:

@@ -7,10 +7,12 @@ differently is refused by name, never ignored.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from moeforge.config.hf_checks import check_values, refuse_unsupported
+from moeforge.config.hf_quantization import quantization_from_hf, quantization_to_hf
 from moeforge.config.hf_rope import rope_from_hf, rope_scaling_to_hf
 from moeforge.config.model import ModelConfig, MoEConfig, QKNorm
 from moeforge.errors import UserError
@@ -56,15 +58,19 @@ _DEFAULTS: dict[str, HFConfig] = {
 }  # fmt: skip
 
 
-def model_config_from_hf(data: HFConfig, names: Iterable[str] | None = None) -> ModelConfig:
+def model_config_from_hf(data: HFConfig, names: Collection[str] = ()) -> ModelConfig:
     """The `ModelConfig` that computes what this config.json describes.
 
     `names`, the checkpoint's tensor names where they are known, settle what older configs leave open.
     Raises UserError for an unknown architecture or a feature that this package does not compute.
     """
     family = _family(data)
-    if family == "moeforge":
-        return _from_own(data)
+    config = _from_own(data) if family == "moeforge" else _from_family(family, data, names)
+    quantization = quantization_from_hf(data.get("quantization_config"), config, names)
+    return dataclasses.replace(config, quantization=quantization)
+
+
+def _from_family(family: str, data: HFConfig, names: Collection[str]) -> ModelConfig:
     hf = {**_COMMON, **_DEFAULTS[family], **data}
     check_values(hf)
     refuse_unsupported(hf)
@@ -88,7 +94,7 @@ def model_config_from_hf(data: HFConfig, names: Iterable[str] | None = None) -> 
         qk_norm=_QK_NORMS.get(family, "none"),
         sliding_window=window,
         sliding_window_first_layer=first_window_layer,
-        moe=_moe(family, hf, names or ()),
+        moe=_moe(family, hf, names),
         family=family,
         bos_token_id=hf["bos_token_id"],
         eos_token_ids=_token_ids(hf["eos_token_id"]),
@@ -115,8 +121,11 @@ def on_disk_form(config: ModelConfig) -> str:
     return "qwen3_moe" if c.qk_norm == "head" else "moeforge"
 
 
-def model_config_to_hf(config: ModelConfig, dtype: str = "bfloat16") -> HFConfig:
-    """config.json of this model in its `on_disk_form`, with the keys of transformers 4 and 5 side by side."""
+def model_config_to_hf(config: ModelConfig, dtype: str = "bfloat16", unquantized: Iterable[str] = ()) -> HFConfig:
+    """config.json of this model in its `on_disk_form`, with the keys of transformers 4 and 5 side by side.
+
+    `unquantized`: modules of a quantised model that are not, by their names on disk.
+    """
     c, form = config, on_disk_form(config)
     eos, scaling = list(c.eos_token_ids), rope_scaling_to_hf(c.rope)
     dynamic = c.rope.kind == "dynamic"
@@ -163,8 +172,11 @@ def model_config_to_hf(config: ModelConfig, dtype: str = "bfloat16") -> HFConfig
             data["moe_intermediate_size"] = c.moe.expert_size
         else:
             data["intermediate_size"] = c.moe.expert_size
+    if c.quantization is not None:
+        data["quantization_config"] = quantization_to_hf(c.quantization, unquantized)
     if form == "moeforge":
         data["moeforge"] = c.to_dict()
+        del data["moeforge"]["quantization"]
     return data
 
 

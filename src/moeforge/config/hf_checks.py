@@ -33,7 +33,6 @@ def check_values(hf: HFConfig) -> None:
     for key, kind, allowed in (
         ("mlp_only_layers", list, "a list of layers"),
         ("layer_types", list, "a list of names"),
-        ("quantization_config", dict, "a mapping"),
     ):
         require(key, isinstance(hf.get(key), kind), allowed)
 
@@ -59,9 +58,3 @@ def refuse_unsupported(hf: HFConfig) -> None:
     for key in ("partial_rotary_factor", "rotary_percent", "rotary_pct"):
         if hf.get(key, 1.0) not in (None, 1.0):
             refuse(key, "1.0 (rotary over the whole head)")
-    if quantization := hf.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown")
-        raise UserError(
-            f'config.json: quantization_config.quant_method = "{method}" is not supported here; only '
-            "unquantised checkpoints are"
-        )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from moeforge.config.quantization import QuantizationConfig
 from moeforge.errors import UserError
 from moeforge.layout import unit_names
 
@@ -100,6 +101,7 @@ class ModelConfig:
     sliding_window: int | None = None
     sliding_window_first_layer: int = 0
     moe: MoEConfig | None = None
+    quantization: QuantizationConfig | None = None
     family: str = "llama"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -115,6 +117,11 @@ class ModelConfig:
     def heads_per_group(self) -> int:
         """Query heads that share one KV head."""
         return self.num_heads // self.num_kv_heads
+
+    def fp8(self, matrix: str) -> QuantizationConfig | None:
+        """How a matrix (see `config.quantization`) is held in FP8, None where it is not."""
+        q = self.quantization
+        return None if q is None or matrix in q.kept else q
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether this layer's feed-forward is routed."""
@@ -168,11 +175,16 @@ class ModelConfig:
         moe = data.get("moe")
         if moe is not None:
             _check_fields(MoEConfig, moe, "moe.")
+        quantization = data.get("quantization")
+        if quantization is not None:
+            _check_fields(QuantizationConfig, quantization, "quantization.")
+            quantization = QuantizationConfig(**{**quantization, "kept": tuple(quantization.get("kept", ()))})
         return cls(
             **{
                 **data,
                 "rope": RopeConfig(**data["rope"]),
                 "moe": None if moe is None else MoEConfig(**moe),
+                "quantization": quantization,
                 "eos_token_ids": tuple(data.get("eos_token_ids", ())),
             }
         )
@@ -180,7 +192,7 @@ class ModelConfig:
     def fingerprint(self) -> str:
         """Short hash of what the weights depend on; plans carry it, so that they are not used on another model."""
         data = self.to_dict()
-        for name in ("family", "bos_token_id", "eos_token_ids"):
+        for name in ("quantization", "family", "bos_token_id", "eos_token_ids"):
             del data[name]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -219,8 +231,9 @@ def _refused(value: Any, hint: Any) -> str | None:
     if get_origin(kind) is Literal:
         return None if value in get_args(kind) else f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is tuple:
-        whole = isinstance(value, (list, tuple)) and not any(_refused(each, int) for each in value)
-        return None if whole else "a list of whole numbers"
+        each = get_args(kind)[0]
+        right = isinstance(value, (list, tuple)) and not any(_refused(element, each) for element in value)
+        return None if right else "a list of " + {int: "whole numbers", str: "names"}[each]
     if kind not in _KINDS:
         return None
     types, allowed = _KINDS[kind]

@@ -42,6 +42,12 @@ class ModelSection(Section):
         description="Number format of weights and activations; bf16 keeps fp32 master weights and "
         "moments in the optimizer, bf16_pure keeps everything in bf16.",
     )
+    expert_precision: Literal["same", "fp8"] = Field(
+        default="same",
+        description="Number format of the experts' products; fp8 = e4m3 in the forward pass and for the gradients of "
+        "inputs, while weight gradients and what is kept stay in model.precision. Faster on GPUs that have it, "
+        "elsewhere the same numbers; ignored for a dense model.",
+    )
     recompute: Literal["none", "all", "attention", "ffn"] | tuple[Text, ...] = Field(
         default="none",
         description="Units whose activations are recomputed in the backward pass to save memory; a list "

@@ -1,6 +1,15 @@
 """What a model is worth: held-out loss and perplexity."""
 
 from moeforge.evaluate.loss import EvalResult, held_out_loss
-from moeforge.evaluate.text import evaluate_text, evaluate_tokens, sliding_windows
+from moeforge.evaluate.streamed import streamed_loss
+from moeforge.evaluate.text import evaluate_text, evaluate_tokens, sliding_windows, text_windows
 
-__all__ = ["EvalResult", "evaluate_text", "evaluate_tokens", "held_out_loss", "sliding_windows"]
+__all__ = [
+    "EvalResult",
+    "evaluate_text",
+    "evaluate_tokens",
+    "held_out_loss",
+    "sliding_windows",
+    "streamed_loss",
+    "text_windows",
+]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from moeforge.config.model import ModelConfig
 from moeforge.data import Batch
 from moeforge.errors import UserError
 from moeforge.evaluate.loss import EvalResult, held_out_loss
@@ -68,7 +69,18 @@ def evaluate_tokens(
     `stride` defaults to half a window. Raises UserError for a window beyond the model's positions, fewer than
     two tokens, or tokens outside the model's vocabulary.
     """
-    positions, vocab_size = model.config.max_positions, model.config.vocab_size
+    return held_out_loss(model, text_windows(model.config, tokens, window, stride, max_tokens))
+
+
+def text_windows(
+    config: ModelConfig,
+    tokens: list[int],
+    window: int = 1024,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+) -> Iterator[Batch]:
+    """What `evaluate_tokens` reads, with its arguments and errors."""
+    positions, vocab_size = config.max_positions, config.vocab_size
     if not 1 <= window <= positions:
         raise UserError(f"sequence_length = {window}: must be between 1 and the model's positions ({positions})")
     if max_tokens is not None:
@@ -78,7 +90,7 @@ def evaluate_tokens(
     if tokens and max(tokens) >= vocab_size:
         raise UserError(f"token {max(tokens)}: the model's vocab_size is {vocab_size}; use its own tokenizer")
     stride = max(1, window // 2) if stride is None else stride
-    return held_out_loss(model, sliding_windows(tokens, window, stride))
+    return sliding_windows(tokens, window, stride)
 
 
 def evaluate_text(

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from moeforge.kernels import combine, expert_permutation, gather, row_alignment
+from moeforge.kernels import PreparedExperts, combine, expert_permutation, gather, row_alignment
 
 ExpertFunction = Callable[[Tensor, Tensor], Tensor]
 """(x_RD sorted by local expert, offsets_e int32) -> y_RD"""
@@ -36,10 +36,6 @@ class Dispatcher(Protocol):
 class LocalDispatcher:
     """All experts live in this process."""
 
-    def alignment(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int) -> int:
-        """Rows at whose multiples an expert's group starts."""
-        return row_alignment(x_TD.dtype)
-
     def route(
         self,
         layer: int,
@@ -50,9 +46,10 @@ class LocalDispatcher:
         num_experts: int,
         experts: ExpertFunction,
     ) -> Tensor:
+        if isinstance(experts, PreparedExperts):
+            return experts.routed(x_TD, weights_TK, experts_TK)
         if kept_TK is not None:
             weights_TK = weights_TK.where(kept_TK, 0.0)
-        alignment = self.alignment(x_TD, experts_TK, num_experts)
-        permutation = expert_permutation(experts_TK, num_experts, kept_TK, alignment)
+        permutation = expert_permutation(experts_TK, num_experts, kept_TK, row_alignment(x_TD.dtype))
         y_RD = experts(gather(x_TD, permutation), permutation.offsets_E)
         return combine(y_RD, weights_TK, permutation)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeforge.config.model import MoEConfig
-from moeforge.kernels import PreparedWeight, gate, linear
+from moeforge.kernels import PreparedGate, gate, linear
 from moeforge.kernels.precision import widen
 from moeforge.model.context import ForwardContext, RoutingGroups
 from moeforge.model.record import AuxLoss
@@ -93,7 +93,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(moe.num_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(moe.num_experts)) if moe.router_bias else None
         self.scale = nn.Parameter(torch.empty(())) if moe.gate_norm_learned else None
-        self.prepared: PreparedWeight | None = None
+        self.prepared: PreparedGate | None = None
 
     def reset_parameters(self, std: float) -> None:
         """Normal weights: zeros would send every token to the same experts with nothing to tell them apart."""
@@ -103,9 +103,12 @@ class Router(nn.Module):
         if self.scale is not None:
             nn.init.constant_(self.scale, self.moe.gate_norm or 1.0)
 
-    def prepare(self, deterministic: bool) -> None:
-        """Keep the weight as inference wants it, and only so."""
-        self.prepared = PreparedWeight(widen(self.weight.detach()), deterministic, pack=False)
+    def prepare(self, dtype: torch.dtype, deterministic: bool) -> None:
+        """Keep the weight as inference on activations of `dtype` wants it, and only so."""
+        scale = self.moe.gate_norm if self.scale is None else float(self.scale)
+        self.prepared = PreparedGate(
+            self.weight.detach(), self.bias, self.moe.top_k, scale, self.moe.renormalize, dtype, deterministic
+        )
         del self.weight
 
     def forward(self, x_tD: Tensor, context: ForwardContext) -> tuple[Tensor, Routing]:
@@ -113,8 +116,10 @@ class Router(nn.Module):
 
         The gate sees a rank's own tokens; capacity, balance and statistics those of whole routing groups.
         """
+        if self.prepared is not None:
+            return x_tD, Routing(*self.prepared(x_tD), None)
         bias = None if self.bias is None else widen(self.bias)
-        raw_tE = linear(widen(x_tD), self.prepared or widen(self.weight), bias)
+        raw_tE = linear(widen(x_tD), widen(self.weight), bias)
         scale: float | Tensor | None = self.moe.gate_norm if self.scale is None else widen(self.scale)
         own = gate(raw_tE, self.moe.top_k, scale, self.moe.renormalize)
         groups = context.groups

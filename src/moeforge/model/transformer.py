@@ -9,12 +9,16 @@ from torch import Tensor, nn
 
 from moeforge.config.model import ModelConfig
 from moeforge.kernels import PreparedWeight, Weight
+from moeforge.kernels.fp8 import E4M3
 from moeforge.layout import Layout, unit_names
 from moeforge.model.context import ForwardContext
 from moeforge.model.recompute import recomputed
 from moeforge.model.rotary import rotary_angles
 from moeforge.model.router import Router
 from moeforge.model.units import Attention, Embedding, Experts, FeedForward, Head, Linear, MoEFeedForward
+
+_RANDOM_E4M3_STD = 100.0
+"""Of e4m3 numbers whose bits are random, NaN apart."""
 
 
 class Transformer(nn.Module):
@@ -61,11 +65,14 @@ class Transformer(nn.Module):
             layer = int(number)
             unit: nn.Module
             if kind == "attention":
-                unit = Attention(config, layer, size(shard.kv_groups[layer]))
+                groups = shard.kv_groups[layer]
+                unit = Attention(config, layer, size(groups), groups[0])
             elif config.is_moe_layer(layer):
-                unit = MoEFeedForward(config, layer, size(routed.experts[layer]), size(routed.columns[layer]))
+                columns = routed.columns[layer]
+                unit = MoEFeedForward(config, layer, size(routed.experts[layer]), size(columns), columns[0])
             else:
-                unit = FeedForward(config, layer, size(shard.ffn_columns[layer]))
+                columns = shard.ffn_columns[layer]
+                unit = FeedForward(config, layer, size(columns), columns[0])
             if number not in self.layers:
                 self.layers[number] = nn.ModuleDict()
             self.layers.get_submodule(number).add_module(kind, unit)
@@ -82,9 +89,14 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Random weights for training from scratch: normal(0, std), norms 1, biases 0."""
+        """Random weights for training from scratch: normal(0, std), norms 1, biases 0. FP8 ones, whose bits are random,
+        have this deviation too."""
         for name, parameter in self.named_parameters():
-            if "norm.weight" in name:
+            if parameter.dtype == E4M3:
+                _fill_e4m3(parameter)
+            elif name.endswith("scales"):
+                nn.init.constant_(parameter, std / _RANDOM_E4M3_STD)
+            elif name.endswith("input_scale") or "norm.weight" in name:
                 nn.init.ones_(parameter)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -104,11 +116,11 @@ class Transformer(nn.Module):
         self._angles = rotary_angles(self.config, torch.arange(positions, device=first.device), first.dtype)
         for module in self.modules():
             if isinstance(module, (Linear, Experts, Router)):
-                module.prepare(deterministic)
+                module.prepare(first.dtype, deterministic)
         if self.head is not None:
             weight = self.output_weight
             assert isinstance(weight, Tensor)
-            self._prepared_output = PreparedWeight(weight.detach(), deterministic)
+            self._prepared_output = PreparedWeight(weight.detach(), first.dtype, deterministic)
             self.head.weight = None
         return self.eval().requires_grad_(False)
 
@@ -163,3 +175,10 @@ class Transformer(nn.Module):
         weight = self.output_weight
         assert isinstance(weight, Tensor), "a prepared model has no loss"
         return context.shard.cross_entropy(hidden_TD, weight, targets_T)
+
+
+def _fill_e4m3(values: Tensor) -> None:
+    """Random bits, in pieces that need no memory to speak of; the two patterns of NaN, 7F and FF, are left out."""
+    for bits in values.view(torch.uint8).flatten().split(1 << 26):
+        bits.random_(0, 254)
+        bits += bits >= 127

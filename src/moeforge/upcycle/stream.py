@@ -16,7 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moeforge.checkpoint import Checkpoint, ShardWriter, canonical_shapes, check_finite, require_disk_space
+from moeforge.checkpoint import (
+    Checkpoint,
+    ShardWriter,
+    canonical_shapes,
+    check_finite,
+    dequantized,
+    require_disk_space,
+)
 from moeforge.checkpoint.writer import SHARD_BYTES, interrupted_job, partial_directory
 from moeforge.config.model import ModelConfig
 from moeforge.errors import UserError
@@ -62,7 +69,7 @@ def upcycle(
     """
     begin = time.monotonic()
     return_freed_memory()
-    donors = (source,) if isinstance(source, Checkpoint) else tuple(source)
+    donors = tuple(map(dequantized, (source,) if isinstance(source, Checkpoint) else source))
     out = Path(out)
     with PeakAnonymous() as memory:
         target = config.model_config(donors[0].config)

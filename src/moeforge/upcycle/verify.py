@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeforge.checkpoint import Checkpoint, fuse
+from moeforge.checkpoint import Checkpoint, dequantized, fuse
 from moeforge.checkpoint.names import EMBED, HEAD
 from moeforge.config.model import ModelConfig
 from moeforge.errors import RunError, UserError
@@ -101,6 +101,7 @@ def verify(
     method is judged and not `--dtype`. `progress` is called with the number of layers done, the head counting as the
     last.
     """
+    dense = dequantized(dense)
 
     def dense_weight(name: str) -> Tensor:
         return dense.tensor(name).to(mixture.dtype(_made_of(name, mixture.config))).to(dtype)

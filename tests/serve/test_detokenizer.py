@@ -83,7 +83,7 @@ def letter(value: int) -> str:
     return chr(value) if value in printable else chr(256 + sum(v not in printable for v in range(value)))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(0, 49151), max_size=60))
 def test_any_tokens_of_a_real_tokenizer(smollm2: Any, ids: list[int]) -> None:
     check(smollm2, ids)

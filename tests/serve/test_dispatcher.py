@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from moeforge.kernels.linear import TILE_ROWS
+from moeforge.kernels import PreparedExperts, expert_mlp_reference
 from moeforge.layout import serving_layout
 from moeforge.parallel import Group, Traffic, Watchdog
 from moeforge.serve.dispatcher import ServingDispatcher
@@ -19,10 +20,10 @@ from .families import family
 LAYOUT = serving_layout(family("mixtral"), 1)
 
 
-def dispatcher(columns: tuple[int, int], deterministic: bool = False) -> ServingDispatcher:
+def dispatcher(columns: tuple[int, int]) -> ServingDispatcher:
     held = LAYOUT.expert_ranks[0]
     shard = ServingShard(Group("tp", (0,), 0, None, Traffic(1), Watchdog()), LAYOUT, ordered=False)
-    return ServingDispatcher(shard, replace(held, columns=(columns,) * 3), deterministic)
+    return ServingDispatcher(shard, replace(held, columns=(columns,) * 3))
 
 
 def routed(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,21 +33,27 @@ def routed(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return x_TD, weights_TK, experts_TK
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("tokens", [1, 7, 90, 400])
-def test_the_result_is_that_of_one_process(tokens: int, deterministic: bool) -> None:
+def test_the_result_is_that_of_one_process(tokens: int) -> None:
     x_TD, weights_TK, experts_TK = routed(tokens)
-    begins: list[int] = []
 
     def experts(x_RD: Tensor, offsets_E: Tensor) -> Tensor:
-        begins.extend(offsets_E.tolist()[:-1])
         factors_R = torch.repeat_interleave(1.0 + torch.arange(5), offsets_E.diff(prepend=offsets_E.new_zeros(1)))
         return x_RD * factors_R[:, None]
 
-    out = dispatcher((0, 48), deterministic).route(1, x_TD, weights_TK, experts_TK, None, 5, experts)
+    out = dispatcher((0, 48)).route(1, x_TD, weights_TK, experts_TK, None, 5, experts)
     torch.testing.assert_close(out, x_TD * (weights_TK * (1.0 + experts_TK)).sum(1, keepdim=True))
-    if deterministic:  # tiles of one expert alone
-        assert all(begin % TILE_ROWS == 0 for begin in begins)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prepared_experts_take_tokens_as_they_come(dtype: torch.dtype) -> None:
+    x_TD, weights_TK, experts_TK = routed(33)
+    w13, w2 = torch.randn(5, 96, 32).to(dtype) / 6, torch.randn(5, 32, 48).to(dtype) / 7
+    plain = partial(expert_mlp_reference, w13=w13, w2=w2)
+    route = dispatcher((0, 48)).route
+    out = route(1, x_TD.to(dtype), weights_TK, experts_TK, None, 5, PreparedExperts(w13, w2, dtype))
+    expected = route(1, x_TD.to(dtype), weights_TK, experts_TK, None, 5, lambda x, offsets: plain(x, offsets_E=offsets))
+    torch.testing.assert_close(out, expected, **({} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}))
 
 
 def test_a_rank_without_columns_computes_nothing() -> None:

@@ -51,7 +51,7 @@ def runner_of(model: Transformer, block_size: int, fp8: bool = False, determinis
         layer.copy_(torch.randint(0, 100, layer.shape))
     layout = Layout.single(model.config)
     shard = ServingShard(single_group(), layout, deterministic)
-    dispatcher = ServingDispatcher(shard, layout.expert_ranks[0], deterministic)
+    dispatcher = ServingDispatcher(shard, layout.expert_ranks[0])
     return Runner(model.prepare(64, deterministic), cache, shard, dispatcher, deterministic)
 
 

@@ -263,7 +263,7 @@ CHECKS = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_to
 
 @MACHINES
 def test_random_schedules(machine: type[Schedules]) -> None:
-    wanted = settings(max_examples=250, stateful_step_count=60, suppress_health_check=CHECKS)
+    wanted = settings(max_examples=100, stateful_step_count=60, suppress_health_check=CHECKS)
     run_state_machine_as_test(machine, settings=wanted)  # type: ignore[no-untyped-call]
 
 

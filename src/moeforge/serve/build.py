@@ -118,5 +118,5 @@ def make_runner(settings: EngineConfig, model: str, layout: Layout, rank: Rank) 
     fp8 = settings.kv_cache_dtype == "fp8"
     cache = KVCache(groups, config.head_dim, blocks, settings.block_size, dtype, fp8, rank.device)
     shard = ServingShard(rank.group, layout, settings.deterministic)
-    dispatcher = ServingDispatcher(shard, layout.expert_ranks[rank.index], settings.deterministic)
+    dispatcher = ServingDispatcher(shard, layout.expert_ranks[rank.index])
     return Runner(loaded, cache, shard, dispatcher, settings.deterministic)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeforge.kernels.linear import TILE_ROWS
 from moeforge.layout import ExpertShard
 from moeforge.model import LocalDispatcher
 from moeforge.model.dispatcher import ExpertFunction
@@ -13,22 +12,10 @@ from moeforge.serve.shard import PartialShard
 
 
 class ServingDispatcher(LocalDispatcher):
-    """`moeforge.model.Dispatcher` of one rank, which holds `held`.
+    """`moeforge.model.Dispatcher` of one rank, which holds `held`."""
 
-    `deterministic`: groups are whole tiles of a deterministic weight's rows.
-    """
-
-    def __init__(self, shard: PartialShard, held: ExpertShard, deterministic: bool = False) -> None:
-        self.shard, self.held, self.deterministic = shard, held, deterministic
-
-    def alignment(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int) -> int:
-        if self.deterministic:
-            return TILE_ROWS
-        if x_TD.device.type != "cpu":
-            return super().alignment(x_TD, experts_TK, num_experts)
-        # Prepared weights take few rows as they are; of many, padding costs less than code for each number of rows.
-        rows = experts_TK.numel() // num_experts
-        return 1 if rows <= 16 else 8 if rows <= 64 else 32
+    def __init__(self, shard: PartialShard, held: ExpertShard) -> None:
+        self.shard, self.held = shard, held
 
     def route(
         self,

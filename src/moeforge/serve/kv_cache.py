@@ -12,7 +12,8 @@ from torch import Tensor
 
 from moeforge.config.model import ModelConfig
 from moeforge.config.serving import EngineConfig
-from moeforge.kernels.fp8 import E4M3, from_e4m3, to_e4m3
+from moeforge.kernels.fp8 import E4M3, from_e4m3
+from moeforge.kernels.paged_attention import write_pages
 
 
 class KVCache:
@@ -50,9 +51,7 @@ class KVCache:
 
     def write(self, layer: int, slots_T: Tensor, k_TGh: Tensor, v_TGh: Tensor) -> None:
         """Store the keys and values of T tokens; slot = page * block_size + position in the page."""
-        for pages, x in zip(self.layers[layer], (k_TGh, v_TGh), strict=True):
-            # torch copies no float8 by index, but bytes.
-            pages.flatten(0, 1).index_copy_(0, slots_T, to_e4m3(x).view(torch.uint8) if self.fp8 else x)
+        write_pages(self.layers[layer], slots_T, k_TGh, v_TGh)
 
     def read(self, layer: int, blocks_P: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [P, S, G, h] of pages."""

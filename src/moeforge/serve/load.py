@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from moeforge.checkpoint import Checkpoint, load_model
 from moeforge.checkpoint.load import load_part
 from moeforge.config.model import ModelConfig
 from moeforge.errors import UserError
+from moeforge.kernels.fp8 import E4M3
 from moeforge.layout import Layout
 from moeforge.model import Transformer
 from moeforge.parallel.parameters import parameter_parts
@@ -46,7 +48,12 @@ def dummy_rank(
     """
     check_serving_layout(layout, config)
     device = torch.device(device)
-    model = _empty(config, layout, rank).to(dtype).to_empty(device=device)
+    model = _empty(config, layout, rank)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            kept = parameter.dtype == E4M3 or name.endswith(("scales", "input_scale"))
+            made = torch.empty_like(parameter, dtype=parameter.dtype if kept else dtype, device=device)
+            module.register_parameter(name, nn.Parameter(made, requires_grad=False))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed + rank)
         model.reset_parameters()

@@ -20,14 +20,15 @@ CPU_KV_BYTES = 4 << 30
 
 def weight_bytes(config: ModelConfig, layout: Layout, rank: int, dtype: torch.dtype) -> int:
     """Bytes of the weights that a rank holds."""
-    return sum(part.numel for part in parameter_parts(config, layout, 0, rank, rank).values()) * dtype.itemsize
+    parts = parameter_parts(config, layout, 0, rank, rank).values()
+    return sum(part.numel * (part.dtype or dtype).itemsize for part in parts)
 
 
 def require_memory(
     config: ModelConfig, layout: Layout, rank: int, dtype: torch.dtype, device: torch.device, free: int
 ) -> None:
     """Raises UserError if a rank's weights do not fit into the `free` bytes of its GPU; on CPU, all ranks' together."""
-    size = str(dtype).removeprefix("torch.")
+    size = str(dtype).removeprefix("torch.") if config.quantization is None else "FP8"
     if device.type == "cpu":
         needed = sum(weight_bytes(config, layout, index, dtype) for index in range(layout.tp))
         where, remedy = "in all", "a narrower dtype or a smaller model fits"

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeforge.kernels.paged_attention import paged_attention_decode
 from moeforge.serve.kv_cache import KVCache
 from moeforge.serve.step import SequenceStep, StepBatch
 
@@ -27,7 +28,6 @@ class DecodeRows:
     end: int
     table_BP: Tensor
     length_B: Tensor
-    masks: dict[int | None, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -44,8 +44,7 @@ class PagedAttention:
     """Writes a step's keys and values into the pages and attends over them.
 
     `batch` has sequences of one token first, the shorter ones before the longer ones (`in_attention_order`): those of
-    similar length are computed together. The query heads of a group become query positions of its one key head, so no
-    key is repeated.
+    similar length are computed together.
     """
 
     def __init__(
@@ -82,23 +81,14 @@ class PagedAttention:
         if not groups:  # nothing of this layer is here: the other ranks hold it
             return q_THh
         self.cache.write(layer, self.slots_T, k_TGh, v_TGh)
-        parts = [self._decode(d, layer, q_THh[d.begin : d.end], groups, window) for d in self.decodes]
+        pages = self.cache.layers[layer]
+        parts = [
+            paged_attention_decode(q_THh[d.begin : d.end], pages, d.table_BP, d.length_B, window) for d in self.decodes
+        ]
         for chunk in self.chunks:
             rows = slice(chunk.row, chunk.row + len(chunk.step.tokens))
             parts.append(self._chunk(chunk, layer, q_THh[rows], k_TGh[rows], v_TGh[rows], window))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _decode(self, d: DecodeRows, layer: int, q_BHh: Tensor, groups: int, window: int | None) -> Tensor:
-        rows = d.end - d.begin
-        k, v = (
-            x.view(rows, -1, groups, x.shape[-1]).transpose(1, 2)
-            for x in self.cache.read(layer, d.table_BP.flatten())
-        )
-        q = q_BHh.unflatten(1, (groups, -1))
-        if window not in d.masks:
-            d.masks[window] = decode_mask(d.length_B, k.shape[2], window, q.dtype)
-        mask = d.masks[window].expand(-1, -1, q.shape[2], -1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1, 2)
 
     def _chunk(self, c: _Chunk, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         count, end = len(c.step.tokens), c.step.end
@@ -167,15 +157,6 @@ def slots(batch: StepBatch, block_size: int) -> list[int]:
     ]
 
 
-def decode_mask(length_B: Tensor, positions: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """What the last of length_B positions sees of `positions`: 0 or -inf, [B, 1, 1, S]."""
-    position_S = torch.arange(positions, device=length_B.device)
-    seen_BS = position_S < length_B[:, None]
-    if window is not None:
-        seen_BS &= position_S >= length_B[:, None] - window
-    return _additive(seen_BS, dtype)[:, None, None]
-
-
 def chunk_mask(begin: int, count: int, end: int, window: int | None, like: Tensor) -> Tensor:
     """What `count` positions from `begin` on see of `end` positions: 0 or -inf, [count, end]."""
     query_1 = torch.arange(begin, begin + count, device=like.device)[:, None]
@@ -183,11 +164,7 @@ def chunk_mask(begin: int, count: int, end: int, window: int | None, like: Tenso
     seen = key_S <= query_1
     if window is not None:
         seen &= key_S > query_1 - window
-    return _additive(seen, like.dtype)
-
-
-def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+    return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
 
 
 def _similar(sequences: Sequence[SequenceStep], pages: int) -> list[list[SequenceStep]]:

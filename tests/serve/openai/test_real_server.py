@@ -14,7 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
+from itertools import cycle
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -29,9 +30,10 @@ from .test_hostile import _check, _mutants
 Saved = Callable[[str], Path]
 CLIENTS = 500
 TOKENS = 5
-PROMPTS = [[1 + i % 250, 7 + i % 11, 3 + i // 250] for i in range(CLIENTS)]
+DIFFERENT = 100  # requests; others ask the same again
+PROMPTS = [[1 + i % DIFFERENT, 7 + i % DIFFERENT % 11, 3] for i in range(CLIENTS)]
 SAMPLING: list[dict[str, Any]] = [
-    {"temperature": 0.8, "seed": i} if i % 2 else {"temperature": 0} for i in range(CLIENTS)
+    {"temperature": 0.8, "seed": i % DIFFERENT} if i % 2 else {"temperature": 0} for i in range(CLIENTS)
 ]
 HOSTILE_CLIENTS = 2
 
@@ -121,7 +123,7 @@ async def stream(
 def solo_answers(model: Path) -> list[Answer]:
     llm = LLM(model, dtype="fp32", device="cpu", deterministic=True)
     answers = []
-    for prompt, sampling in zip(PROMPTS, SAMPLING, strict=True):
+    for prompt, sampling in zip(PROMPTS[:DIFFERENT], SAMPLING[:DIFFERENT], strict=True):
         params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, logprobs=0, **sampling)
         (output,) = llm.generate(prompt, params)[0].outputs
         answers.append(Answer(output.text, [s.logprob for s in output.logprobs or []], output.finish_reason))
@@ -133,9 +135,10 @@ def test_500_clients_at_once_each_get_the_answer_they_would_get_alone(saved: Sav
     model = saved("mixtral")
 
     async def all_at_once(server: Running) -> list[Answer]:
-        async with server.client() as client:
-            requests = zip(PROMPTS, SAMPLING, strict=True)
-            return await asyncio.gather(*(stream(client, prompt, **sampling) for prompt, sampling in requests))
+        async with AsyncExitStack() as stack:  # a pool that is much larger is slow itself
+            pools = [await stack.enter_async_context(server.client()) for _ in range(25)]
+            requests = zip(cycle(pools), PROMPTS, SAMPLING)
+            return await asyncio.gather(*(stream(client, prompt, **sampling) for client, prompt, sampling in requests))
 
     with running(model, "--max-num-seqs", "64", "--deterministic") as server:
         answers = asyncio.run(all_at_once(server))  # raises where one is refused
@@ -145,14 +148,16 @@ def test_500_clients_at_once_each_get_the_answer_they_would_get_alone(saved: Sav
     generated = next(line for line in metrics.splitlines() if line.startswith("vllm:generation_tokens_total{"))
     assert float(generated.split()[-1]) == CLIENTS * TOKENS
     assert all(len(answer.logprobs) == TOKENS for answer in answers)
-    differ = [i for i, alone in enumerate(solo_answers(model)) if answers[i] != alone]
-    assert not differ
+    alone = solo_answers(model)
+    assert not [i for i, answer in enumerate(answers) if answer != alone[i % DIFFERENT]]
 
 
 def test_a_short_queue_refuses_the_rest_and_goes_on(saved: Saved) -> None:
     async def burst(server: Running) -> list[Any]:
         async with server.client() as client:
-            return await asyncio.gather(*(stream(client, prompt, 40) for prompt in PROMPTS), return_exceptions=True)
+            return await asyncio.gather(
+                *(stream(client, prompt, 40) for prompt in PROMPTS[:100]), return_exceptions=True
+            )
 
     async def one(server: Running) -> Answer:
         async with server.client() as client:
@@ -162,7 +167,7 @@ def test_a_short_queue_refuses_the_rest_and_goes_on(saved: Saved) -> None:
         outcomes = asyncio.run(burst(server))
         refused = [o for o in outcomes if isinstance(o, openai.RateLimitError)]
         answered = [o for o in outcomes if isinstance(o, Answer)]
-        assert len(refused) + len(answered) == CLIENTS
+        assert len(refused) + len(answered) == 100
         assert len(answered) >= 20 and refused
         assert all(len(o.logprobs) == 40 and o.finish_reason == "length" for o in answered)
         assert all(int(o.response.headers["retry-after"]) >= 1 for o in refused)
@@ -192,12 +197,14 @@ def test_a_killed_rank_ends_every_stream_and_the_server(saved: Saved) -> None:
         with suppress(httpx.TransportError):  # where it is gone already
             assert server.get("/health").status_code == 503
         assert server.process.wait(20) == 1
-        assert "rank 1" in server.said()
+        error = server.said()
+        assert error.startswith("moeforge: error: the engine failed: rank 1 ") and error.count("\n") == 1
     broken = [o for o in outcomes if isinstance(o, openai.APIError | httpx.HTTPError)]
     whole = [o for o in outcomes if isinstance(o, Answer) and (o.finish_reason, len(o.logprobs)) == ("length", 90)]
     assert len(broken) + len(whole) == 40 and len(broken) >= 30
 
 
+@pytest.mark.slow  # as the life of a server in tests/cli, with another client
 def test_running_streams_finish_at_sigterm(saved: Saved) -> None:
     async def with_a_signal(server: Running) -> Answer:
         async with server.client() as client:

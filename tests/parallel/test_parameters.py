@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeforge.config.model import ModelConfig, MoEConfig
+from moeforge.config.quantization import Activations, QuantizationConfig, Scales
 from moeforge.layout import Layout, Stage, build_layout, unit_names
 from moeforge.model import Transformer
 from moeforge.parallel import Group, Mesh, Traffic, Watchdog
@@ -112,6 +113,25 @@ def test_the_table_has_exactly_the_parameters_of_the_model(case: tuple[ModelConf
                 assert part.numel == math.prod(part.size) == math.prod(part.shape)
                 bounds = zip(part.offset, part.size, part.view, strict=True)
                 assert all(begin >= 0 and begin + length <= limit for begin, length, limit in bounds)
+
+
+@given(layouts(), st.sampled_from(get_args(Scales)), st.booleans())
+def test_fp8_matrices_have_scales_beside_them(case: tuple[ModelConfig, Layout], scales: Scales, fixed: bool) -> None:
+    plain, layout = case
+    activations: Activations = "static" if fixed and scales != "block128" else "none"
+    kept = ("layers.0.attention.o", "layers.0.ffn.w2")
+    config = replace(plain, quantization=QuantizationConfig(scales, activations, kept))
+    for stage in range(len(layout.stages)):
+        for inside in range(layout.dp * layout.tp):
+            at = layout.coordinates(inside)
+            with torch.device("meta"):
+                model = Transformer(config, layout, stage, at.tp, at.expert_rank)
+            parts = parameter_parts(config, layout, stage, at.tp, at.expert_rank)
+            assert {name: (part.shape, part.dtype or torch.float32) for name, part in parts.items()} == {
+                name: (tuple(weight.shape), weight.dtype) for name, weight in model.named_parameters()
+            }
+            assert set(parts) >= set(parameter_parts(plain, layout, stage, at.tp, at.expert_rank))
+            assert not any(name.startswith(kept) and "scale" in name for name in parts)
 
 
 @given(layouts())

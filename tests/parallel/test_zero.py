@@ -6,6 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -78,9 +79,15 @@ RECIPES = {
 }
 
 
-def random(label: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+@cache
+def drawn(label: str, shape: tuple[int, ...]) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(label.encode()))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def random(label: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Every recipe's and every rank's own copy of the same numbers."""
+    return drawn(label, tuple(shape)).to(dtype, copy=True)
 
 
 def gradient(name: str, rank: int, step: int, micro: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:

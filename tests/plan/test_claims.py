@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,13 @@ from moeforge.plan import claims
 from moeforge.plan.published import POINTS, predicted
 
 DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _computed_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claims, "example_of_24_layers", cache(claims.example_of_24_layers))
+        yield
 
 
 def test_parameters_are_the_reports() -> None:

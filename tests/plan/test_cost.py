@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from moeforge.bench.unit_times import UnitTimer
 from moeforge.config.clusters import load_hardware
 from moeforge.config.model import ModelConfig, MoEConfig
 from moeforge.config.presets import model_preset
@@ -182,26 +184,24 @@ def test_imbalance_and_overlap() -> None:
     assert [(m.times, m.overlapped) for m in chunked.messages if m.operation == "all_to_all"] == [(4, True)] * 2
 
 
+def _attention(q: Any, k: Any, v: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
+    return int(sdpa_flop_count(q, q, q))  # each query head with a key of its own: it counts no grouped ones
+
+
+def _attention_backward(grad: Any, q: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
+    return int(sdpa_backward_flop_count(q, q, q, q))
+
+
+ATTENTION_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
 def flops_of(work: Workload) -> int:
     """Of forward and backward of one micro-batch, as torch counts them; attention in full."""
     step = step_of(replace(work, batch_sequences=SEQUENCES), Mesh.single(build_layout(work.model), CPU))
-    aten = torch.ops.aten
-
-    def grouped(a: Any, b: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
-        return 2 * a[0] * a[1] * b[-1]  # [R, K] x [E, K, N]; or [M, R] x [R, N], groups of R
-
-    def attention(q: Any, k: Any, v: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
-        return int(sdpa_flop_count(q, q, q))  # each query head with a key of its own: it counts no grouped ones
-
-    def attention_backward(grad: Any, q: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
-        return int(sdpa_backward_flop_count(q, q, q, q))
-
-    known = {
-        aten._grouped_mm: grouped,
-        aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-    }
-    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
         step.run()
     return int(counter.get_total_flops())
 
@@ -223,14 +223,46 @@ def test_flops_of_a_step_in_one_process(changes: dict[str, Any], precision: str)
     assert wanted <= flops_of(work) <= wanted + filled
 
 
-def test_halves_done_apart_are_the_whole_where_kernels_can() -> None:
+def test_halves_done_apart_are_the_whole() -> None:
     work = workload(MODEL, dp=2, tp=2, ep=2)
-    for unit in ("layers.0.attention", "layers.0.ffn"):
+    for unit in ("layers.0.attention", "layers.0.ffn", "layers.1.ffn", "head"):
         cost = unit_cost(work, unit)
         assert cost.backward_input.flops + cost.backward_weight.flops == cost.backward.flops
         assert cost.backward_input.messages == cost.backward.messages and not cost.backward_weight.messages
-    experts = unit_cost(work, "layers.1.ffn")
-    assert experts.backward_input.flops + experts.backward_weight.flops > 1.5 * experts.backward.flops
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_flops_of_each_half_done_apart(precision: str) -> None:
+    """torch's split backward computes every gradient once: those of the inputs, then those of the weights."""
+    model = replace(MODEL, num_layers=2, tie_embeddings=True)
+    work = workload(model, precision)
+    timer = UnitTimer(model, precision, SEQUENCES, POSITIONS)
+    x, runs = timer.tokens_T, []
+    for name, unit in timer.model.units():
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as forward:
+            y = unit(x, timer.rotary, timer.context)
+            if name == "head":
+                y = timer.model.loss(y, timer.tokens_T, timer.context).reshape(1) * 1.0
+        runs.append((name, timer._weights(unit), x, y, forward.get_total_flops()))
+        x = y.detach().requires_grad_()
+    grads = None
+    for name, weights, x, y, forward_flops in reversed(runs[1:]):
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as for_input:
+            _, groups = stage_backward_input([y], grads, [x], iter(weights))
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as for_weights:
+            stage_backward_weight(iter(weights), groups)
+        grads = [x.grad]
+        found = for_input.get_total_flops(), for_weights.get_total_flops()
+        assert all(weight.grad is not None for weight in weights)
+        if name == "head":
+            assert found == (0, 0)
+        elif name.endswith("ffn"):
+            assert found == (forward_flops, forward_flops)
+            assert forward_flops >= unit_cost(work, name).forward.flops
+        else:
+            linear = unit_cost(work, name).backward_weight.flops
+            # Two products forward, five backward.
+            assert found == (linear + 2.5 * (forward_flops - linear), linear)
 
 
 def test_model_flops_of_skywork_moe() -> None:

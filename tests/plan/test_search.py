@@ -87,14 +87,15 @@ def test_a_search_of_1536_devices_takes_less_than_a_minute() -> None:
 class TestAdvice:
     skywork = model_preset("skywork-moe")
 
-    def test_more_memory_or_nodes(self) -> None:
-        cluster = load_hardware("4x8-4090")
-        work = Workload(self.skywork, "bf16", 8192, 1, 512)
+    @pytest.mark.parametrize(("layers", "nodes"), [(13, 1), pytest.param(52, 4, marks=pytest.mark.slow)])
+    def test_more_memory_or_nodes(self, layers: int, nodes: int) -> None:
+        cluster = load_hardware(f"{nodes}x8-4090")
+        work = Workload(replace(self.skywork, num_layers=layers), "bf16", 8192, 1, 128 * nodes)
         assert search(cluster, work, {}).best is None
         text = advise(cluster, work, {})
-        assert "no plan fits: 4x8-4090 has 23.4 GB to use a device" in text
-        nodes = int(text.split(" nodes (are 4)")[0].rpartition(" ")[2])
-        assert nodes > 4
+        assert f"no plan fits: {nodes}x8-4090 has 23.4 GB to use a device" in text
+        few, nodes = nodes, int(text.split(f" nodes (are {nodes})")[0].rpartition(" ")[2])
+        assert nodes > few
         assert search(load_hardware(f"{nodes}x8-4090"), work, {}, whole_layers=True).best is not None
 
     def test_the_nearest_value_of_a_fixed_key(self) -> None:

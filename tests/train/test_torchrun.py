@@ -86,21 +86,25 @@ def many_steps(make_config: Make, model: Path, name: str, **parallel: Any) -> Tr
     )
 
 
-def test_killed_ranks_end_in_a_resumed_run_with_exact_losses(source: Source, make_config: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_killed_ranks_end_in_a_resumed_run_with_exact_losses(
+    source: Source, make_config: Make, tmp_path: Path, run_ranks: Any, kills: int
+) -> None:
+    from moeforge.train import prepare
+
     model = source()
     whole, cut = many_steps(make_config, model, "whole"), many_steps(make_config, model, "cut")
-    code, out, err = finish(start(whole, tmp_path / "whole.toml", 2))
-    assert code == 0, err
-    assert json.loads(out)["steps"] == 40
+    assert run_ranks(2, lambda rank: prepare(whole).run().steps) == [40, 40]
 
-    process = start(cut, tmp_path / "cut.toml", 2, restarts=2)
+    process = start(cut, tmp_path / "cut.toml", 2, restarts=kills)
     choice = random.Random(7)
-    for step in sorted(choice.sample(range(3, 36), 2)):
+    for step in sorted(choice.sample(range(3, 36), kills)):
         wait_for_step(cut, step, process)
         os.kill(choice.choice(rank_pids(process)), signal.SIGKILL)
         time.sleep(0.5)
-    code, _, err = finish(process)
+    code, out, err = finish(process)
     assert code == 0, err[-3000:]
+    assert json.loads(out)["steps"] == 40
     assert exact_rows(cut) == exact_rows(whole)
 
 
@@ -129,8 +133,8 @@ def test_a_rank_that_stands_still_is_named(source: Source, make_config: Make, tm
 @pytest.mark.parametrize(
     ("parallel", "message"),
     [
-        ({"tp": 3}, "parallel.tp = 3"),
-        ({"pp": 2, "schedule": "zbv"}, 'parallel.schedule = "zbv"'),
+        pytest.param({"tp": 3}, "parallel.tp = 3", marks=pytest.mark.slow),
+        pytest.param({"pp": 2, "schedule": "zbv"}, 'parallel.schedule = "zbv"', marks=pytest.mark.slow),
         ({"pp": 2, "stages": [1, 2]}, "parallel.stages = [1, 2]: must sum to the model's 2 layers"),
     ],
 )

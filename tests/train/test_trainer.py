@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from moeforge.checkpoint import load_model
+from moeforge.cli.app import main
 from moeforge.config.schema import TrainConfig
 from moeforge.config.toml import dump_config
 from moeforge.errors import RunError, UserError
@@ -26,6 +28,7 @@ from moeforge.train.state import checkpoints
 
 Make = Callable[..., TrainConfig]
 Source = Callable[..., Path]
+RunMain = Callable[..., tuple[int, dict[str, Any], str]]
 PARALLEL_KEYS = ("loss", "lr", "grad_norm", "eval_loss", "moe", "tokens")
 
 
@@ -151,42 +154,58 @@ def test_a_skewed_router_is_brought_back_only_with_the_auxiliary_loss(source: So
     assert sum(row["drop_rate"] for row in off[-20:]) / 20 > 0.25
 
 
-def start(config: TrainConfig, directory: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    file = directory / "config.toml"
-    file.write_text(dump_config(config))
+def start(config: TrainConfig, directory: Path) -> subprocess.Popen[bytes]:
+    """`moeforge train` in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "moeforge", "train", str(file), "--json", *arguments],
+        [sys.executable, "-m", "moeforge", "train", str(written(config, directory)), "--json"],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
-def wait_for_rows(run: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+def written(config: TrainConfig, directory: Path) -> Path:
+    file = directory / "config.toml"
+    file.write_text(dump_config(config))
+    return file
+
+
+def wait_for_rows(run: Path, count: int, ended: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while len(read_rows(run / "metrics.jsonl")) < count:
-        assert process.poll() is None, process.communicate()[1].decode()
-        assert time.monotonic() < deadline
+        assert not ended() and time.monotonic() < deadline
         time.sleep(0.005)
 
 
+@pytest.fixture
+def run_main(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> RunMain:
+    """`run_main(config, options...)`: exit code, JSON and stderr of `moeforge train`, in this process."""
+
+    def run(config: TrainConfig, *options: str) -> tuple[int, dict[str, Any], str]:
+        capfd.readouterr()
+        code = main(["train", str(written(config, tmp_path)), "--json", *options])
+        out, err = capfd.readouterr()
+        return code, json.loads(out) if out else {}, err
+
+    return run
+
+
 def test_killed_at_random_moments_the_run_gives_the_same_metrics(
-    source: Source, make_config: Make, tmp_path: Path
+    source: Source, make_config: Make, run_main: RunMain
 ) -> None:
     model, long = source(), {"train": {"steps": 120}, "checkpoint": {"every": 7}, "eval": {"every": 25}}
     straight, killed = make_config(model, "straight", **long), make_config(model, "killed", **long)
-    process = start(straight, tmp_path)
-    out, err = process.communicate()
-    assert process.returncode == 0, err.decode()
-    assert json.loads(out)["run_dir"] == straight.run.dir
+    prepare(straight).run()
     generator = random.Random(1)
     for moment in (20, 50, 80):
-        process = start(killed, tmp_path)
-        wait_for_rows(Path(killed.run.dir), moment + generator.randrange(10), process)
+        process = multiprocessing.get_context("fork").Process(target=lambda: prepare(killed).run())
+        process.start()
+        wait_for_rows(Path(killed.run.dir), moment + generator.randrange(10), lambda at=process: not at.is_alive())
         time.sleep(generator.random() * 0.05)
         process.kill()
-        process.communicate()
-    process = start(killed, tmp_path)
-    assert process.wait() == 0, process.communicate()[1].decode()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    code, result, err = run_main(killed)
+    assert (code, result["run_dir"]) == (0, killed.run.dir), err
     assert rows_of(killed.run.dir) == rows_of(straight.run.dir)
     assert len(checkpoints(Path(killed.run.dir))) == 2
     assert not list((Path(killed.run.dir) / "checkpoints").glob(".*"))
@@ -195,7 +214,7 @@ def test_killed_at_random_moments_the_run_gives_the_same_metrics(
 def test_sigterm_saves_and_exits(source: Source, make_config: Make, tmp_path: Path) -> None:
     config = make_config(source(), train={"steps": 5000}, checkpoint={"every": 0})
     process = start(config, tmp_path)
-    wait_for_rows(Path(config.run.dir), 5, process)
+    wait_for_rows(Path(config.run.dir), 5, lambda: process.poll() is not None)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err.decode()
@@ -276,38 +295,33 @@ def test_tokens_dropped_beyond_capacity_change_the_loss(source: Source, make_con
     assert losses[0] != losses[1]
 
 
-def run_main(config: TrainConfig, directory: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
-    """`moeforge train` in a process of its own: exit code, JSON, stderr."""
-    process = start(config, directory, *arguments)
-    out, err = process.communicate(timeout=120)
-    return process.returncode, json.loads(out) if out else {}, err.decode()
-
-
 @pytest.mark.parametrize("every", [0, 3])
 def test_a_finished_run_started_again_is_reported_and_left_alone(
-    source: Source, make_config: Make, tmp_path: Path, every: int
+    source: Source, make_config: Make, run_main: RunMain, every: int
 ) -> None:
     model = source()
     config = make_config(model, checkpoint={"every": every})
-    code, first, err = run_main(config, tmp_path)
+    code, first, err = run_main(config)
     assert code == 0, err
     run = Path(config.run.dir)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    code, second, err = run_main(config, tmp_path)
+    code, second, err = run_main(config)
     assert (code, second) == (0, first), err
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
-    code, _, err = run_main(make_config(model, checkpoint={"every": every}, optimizer={"lr": 0.5}), tmp_path)
+    code, _, err = run_main(make_config(model, checkpoint={"every": every}, optimizer={"lr": 0.5}))
     assert code == 2 and "optimizer.lr = 0.5" in err and len(err.splitlines()) == 1
-    code, _, err = run_main(config, tmp_path, "--resume", "never")
+    code, _, err = run_main(config, "--resume", "never")
     assert code == 2 and "holds a finished run" in err
 
 
-def test_killed_between_the_last_checkpoint_and_the_result(source: Source, make_config: Make, tmp_path: Path) -> None:
+def test_killed_between_the_last_checkpoint_and_the_result(
+    source: Source, make_config: Make, run_main: RunMain
+) -> None:
     config = make_config(source())
     trainer = prepare(config)
     expected = trainer.run()
     del trainer  # before save_final
-    code, result, err = run_main(config, tmp_path)
+    code, result, err = run_main(config)
     assert code == 0, err
     assert result["final_loss"] == expected.final_loss and result["eval_loss"] == expected.eval_loss
     assert (Path(config.run.dir) / "final" / "config.json").is_file()
@@ -316,8 +330,9 @@ def test_killed_between_the_last_checkpoint_and_the_result(source: Source, make_
 def test_two_processes_do_not_share_a_run(source: Source, make_config: Make, tmp_path: Path) -> None:
     config = make_config(source())
     trainer = prepare(config)
-    code, _, err = run_main(config, tmp_path)
-    assert code == 2 and "another process is training in it" in err
+    process = start(config, tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and b"another process is training in it" in err
     assert trainer.run().steps == 8
 
 
@@ -428,12 +443,12 @@ def test_a_refused_run_takes_nothing_with_it(
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["cache"] and any(cache.glob("*/meta.json"))
 
 
-def test_a_result_without_metrics_is_still_written(source: Source, make_config: Make, tmp_path: Path) -> None:
+def test_a_result_without_metrics_is_still_written(source: Source, make_config: Make, run_main: RunMain) -> None:
     config = make_config(source())
     trainer = prepare(config)
     trainer.run()
     del trainer
     (Path(config.run.dir) / "metrics.jsonl").unlink()
-    code, result, err = run_main(config, tmp_path)
+    code, result, err = run_main(config)
     assert code == 0, err
     assert result["steps"] == 8 and result["final"] is not None

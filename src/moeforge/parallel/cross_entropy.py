@@ -5,11 +5,10 @@ The scheme of `kernels.cross_entropy`, with maximum, sum and target logit of eac
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from moeforge.kernels.cross_entropy import with_gradients
 from moeforge.kernels.precision import widen
 from moeforge.parallel.group import Group
 
@@ -17,30 +16,22 @@ from moeforge.parallel.group import Group
 _CHUNK = 1024
 
 
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x_TD: Tensor, weight_vD: Tensor, targets_T: Tensor, begin: int, group: Group, ignore: int
-    ) -> Tensor:
-        loss = torch.zeros((), dtype=widen(x_TD[:0]).dtype, device=x_TD.device)
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        grad_x = torch.zeros_like(x_TD) if wanted else None
-        grad_weight = torch.zeros_like(weight_vD) if wanted else None
-        for start in range(0, x_TD.shape[0], _CHUNK):
-            part = slice(start, start + _CHUNK)
-            logits = x_TD[part] @ weight_vD.t()
-            chunk_loss, grad = _softmax_minus_target(logits, targets_T[part], begin, group, ignore, keep=wanted)
-            loss += chunk_loss
-            if grad is not None and grad_x is not None and grad_weight is not None and weight_vD.shape[0]:
-                torch.mm(grad, weight_vD, out=grad_x[part])
-                grad_weight.addmm_(grad.t(), x_TD[part])
-        ctx.save_for_backward(grad_x, grad_weight)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grads[0], grad_weight * grads[0], None, None, None, None
+@torch.no_grad()
+def _loss_and_gradients(
+    x_TD: Tensor, weight_vD: Tensor, targets_T: Tensor, begin: int, group: Group, ignore: int, wanted: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    loss = torch.zeros((), dtype=widen(x_TD[:0]).dtype, device=x_TD.device)
+    grad_x = torch.zeros_like(x_TD) if wanted else None
+    grad_weight = torch.zeros_like(weight_vD) if wanted else None
+    for start in range(0, x_TD.shape[0], _CHUNK):
+        part = slice(start, start + _CHUNK)
+        logits = x_TD[part] @ weight_vD.t()
+        chunk_loss, grad = _softmax_minus_target(logits, targets_T[part], begin, group, ignore, keep=wanted)
+        loss += chunk_loss
+        if grad is not None and grad_x is not None and grad_weight is not None and weight_vD.shape[0]:
+            torch.mm(grad, weight_vD, out=grad_x[part])
+            grad_weight.addmm_(grad.t(), x_TD[part])
+    return loss, grad_x, grad_weight
 
 
 def _softmax_minus_target(
@@ -80,6 +71,6 @@ def vocab_parallel_cross_entropy(
     x_TD and targets_T are the same on every rank, and so is the result, a scalar in float32 (float64 for float64
     inputs). The gradient of x_TD is this rank's part of it.
     """
-    if not torch.is_grad_enabled():
-        x_TD, weight_vD = x_TD.detach(), weight_vD.detach()
-    return _VocabParallelCrossEntropy.apply(x_TD, weight_vD, targets_T, begin, group, ignore)
+    wanted = torch.is_grad_enabled() and (x_TD.requires_grad or weight_vD.requires_grad)
+    loss, *gradients = _loss_and_gradients(x_TD, weight_vD, targets_T, begin, group, ignore, wanted)
+    return with_gradients(loss, *zip((x_TD, weight_vD), gradients, strict=True))

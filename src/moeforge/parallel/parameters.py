@@ -3,6 +3,7 @@ is summed. Gradient reduction, ZeRO, the norm and checkpoints all go by it."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor
 
 from moeforge.config.model import ModelConfig
+from moeforge.kernels.fp8 import E4M3
+from moeforge.kernels.fp8_weight import GROUP_ROWS
 from moeforge.layout import Layout, unit_names
+from moeforge.model.fp8 import Fp8Matrix
 from moeforge.parallel.mesh import tied_ranks
 
 Reduce = Literal["dp", "dp_tp", "expert_dp"]
@@ -26,7 +30,8 @@ class ParameterPart:
 
     `view` is the global tensor's shape, seen so that the part is one box at `offset` of `size` (fused gate and up rows
     [2F, D] as [2, F, D]). `reduce` names the group of ranks with the same part, over which gradients are summed and
-    ZeRO divides the state. `tied`: another stage holds a copy too.
+    ZeRO divides the state. `tied`: another stage holds a copy too. `dtype`: None for the model's. Of the scales of
+    FP8 weights, which only inference holds, `view` has a row for each row of the weight; `shape` may have one for 16.
     """
 
     name: str
@@ -36,11 +41,12 @@ class ParameterPart:
     shape: tuple[int, ...]
     reduce: Reduce
     tied: bool = False
+    dtype: torch.dtype | None = None
 
     @property
     def numel(self) -> int:
         """Elements of the part."""
-        return math.prod(self.size)
+        return math.prod(self.shape)
 
     def cut(self, whole: Tensor) -> Tensor:
         """This part of a global tensor, in the module's shape."""
@@ -97,6 +103,28 @@ class _Table:
         size = tuple(ranges[d][1] - ranges[d][0] if d in ranges else length for d, length in enumerate(view))
         self.parts[name] = ParameterPart(name, view, offset, size, shape or size, reduce, tied)
 
+    def fp8(self, prefix: str, weight: str, matrix: Fp8Matrix | None) -> None:
+        """Makes the part `weight` one of e4m3, and adds those of its scales, whose names begin with `prefix`."""
+        if matrix is None:
+            return
+        part = self.parts[weight]
+        self.parts[weight] = dataclasses.replace(part, dtype=E4M3)
+        *stack, rows, columns = part.shape
+        begin, end = matrix.block_range(columns)
+        scales = dataclasses.replace(
+            part,
+            name=f"{prefix}scales",
+            view=(*part.view[:-1], matrix.block_range(part.view[-1] - matrix.first_column)[1]),
+            offset=(*part.offset[:-1], begin),
+            size=(*part.size[:-1], end - begin),
+            shape=(*stack, *matrix.scales_shape(rows, columns)),
+            dtype=torch.float32,
+        )
+        self.parts[scales.name] = scales
+        if matrix.activations == "static":
+            name = f"{prefix}input_scale"
+            self.parts[name] = ParameterPart(name, (), (), (), (), part.reduce, dtype=torch.float32)
+
     def replicated(self, name: str, *shape: int) -> None:
         self.add(name, shape, {}, "dp_tp")
 
@@ -125,6 +153,7 @@ class _Table:
         self.replicated(f"{name}.norm.weight", d)
         rows = c.num_kv_heads * (per_group + 2) * h
         self.add(f"{name}.qkv.weight", (rows, d), {0: heads(per_group + 2)}, "dp")
+        self.fp8(f"{name}.qkv.", f"{name}.qkv.weight", Fp8Matrix.of(c.fp8(f"{name}.qkv"), aligned=h % GROUP_ROWS == 0))
         if c.qkv_bias:
             self.add(f"{name}.qkv.bias", (rows,), {0: heads(per_group + 2)}, "dp")
         if c.qk_norm == "head":
@@ -134,6 +163,7 @@ class _Table:
             self.add(f"{name}.q_norm.weight", (c.num_heads * h,), {0: heads(per_group)}, "dp")
             self.add(f"{name}.k_norm.weight", (c.num_kv_heads * h,), {0: heads(1)}, "dp")
         self.add(f"{name}.o.weight", (d, c.num_heads * h), {1: heads(per_group)}, "dp")
+        self.fp8(f"{name}.o.", f"{name}.o.weight", Fp8Matrix.of(c.fp8(f"{name}.o"), heads(per_group)[0]))
         if c.output_bias:
             self.replicated(f"{name}.o.bias", d)
 
@@ -146,6 +176,9 @@ class _Table:
             gate_up = (2 * (end - begin), d)
             self.add(f"{name}.w13.weight", (2, c.ffn_size, d), {1: (begin, end)}, "dp", gate_up)
             self.add(f"{name}.w2.weight", (d, c.ffn_size), {1: (begin, end)}, "dp")
+            aligned = math.gcd(begin, end) % GROUP_ROWS == 0
+            self.fp8(f"{name}.w13.", f"{name}.w13.weight", Fp8Matrix.of(c.fp8(f"{name}.w13"), aligned=aligned))
+            self.fp8(f"{name}.w2.", f"{name}.w2.weight", Fp8Matrix.of(c.fp8(f"{name}.w2"), begin))
             return
         e, f = c.moe.num_experts, c.moe.expert_size
         self.replicated(f"{name}.router.weight", e, d)
@@ -158,6 +191,9 @@ class _Table:
         stacked = (count, 2 * (end - begin), d)
         self.add(f"{name}.experts.w13", (e, 2, f, d), {0: held, 2: (begin, end)}, "expert_dp", stacked)
         self.add(f"{name}.experts.w2", (e, d, f), {0: held, 2: (begin, end)}, "expert_dp")
+        fp8, aligned = c.fp8(f"{name}.experts"), math.gcd(begin, end) % GROUP_ROWS == 0
+        self.fp8(f"{name}.experts.w13_", f"{name}.experts.w13", Fp8Matrix.of(fp8, aligned=aligned))
+        self.fp8(f"{name}.experts.w2_", f"{name}.experts.w2", Fp8Matrix.of(fp8, begin))
 
 
 def boxes(size: tuple[int, ...], begin: int, end: int) -> Iterator[Box]:

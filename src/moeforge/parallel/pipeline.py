@@ -91,9 +91,10 @@ class _StageModule(nn.Module):
 class _Stage(PipelineStage):
     """torch's stage, told by number which micro-batch it runs, and with a full backward where a split one is wrong.
 
-    torch's split backward walks the graph once for the inputs and then weight by weight. Every walk would recompute
-    activations; and where a weight is used twice on one path, as a tied embedding and head in one chunk, torch up to
-    2.13 walks a part again that is gone, or counts it double (pytorch issue 180952).
+    torch's split backward walks the graph once for the inputs and then weight by weight. Linear maps and experts
+    compute in each walk only what it asks for. But every walk would recompute activations; and where a weight is used
+    twice on one path, as a tied embedding and head in one chunk, torch up to 2.13 walks a part again that is gone, or
+    counts it double (pytorch issue 180952).
     """
 
     submod: _StageModule

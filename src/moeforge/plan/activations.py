@@ -59,8 +59,7 @@ class UnitActivations:
 
 class _Unit(Protocol):
     @property
-    def held_gradients(self) -> float:
-        ...
+    def held_gradients(self) -> float: ...
 
     def forward(self, ledger: Ledger) -> None:
         """From the input to the output and what is kept, the input included."""

@@ -64,9 +64,7 @@ def _name(key: str) -> str:
     return f"train.{key}" if key == "micro_batch_sequences" else f"parallel.{key}"
 
 
-def _other_values(
-    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]
-) -> Iterable[str]:
+def _other_values(hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]) -> Iterable[str]:
     """For each fixed key its nearest value that fits, everything else as it is (but dp, which pp and tp decide)."""
     for key, value in fixed.items():
         dropped = {key, "dp"} if key in ("pp", "tp") else {key}
@@ -83,9 +81,7 @@ def _other_values(
             yield f"{_name(key)} = {nearest} (is {value}){with_it}"
 
 
-def _more_nodes(
-    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]
-) -> Iterable[str]:
+def _more_nodes(hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]) -> Iterable[str]:
     free = {key: value for key, value in fixed.items() if key != "dp"}
 
     def batch_on(nodes: int) -> int:
@@ -138,9 +134,7 @@ def _floor_bytes(work: Workload, arrangement: Arrangement) -> float:
     return max(sum(static) / arrangement.pp, *static)
 
 
-def _least_memory(
-    hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]
-) -> float | None:
+def _least_memory(hardware: HardwareProfile, work: Workload, fixed: Mapping[str, Any]) -> float | None:
     least = None
     for a, own in sorted(_smallest(hardware, work, fixed), key=lambda found: _floor_bytes(found[1], found[0])):
         if least is not None and _floor_bytes(own, a) >= least:
@@ -160,9 +154,9 @@ def least_bytes(hardware: HardwareProfile, work: Workload, arrangement: Arrangem
     at = (0, *problem.cuts, len(problem.units))
     best = np.full(len(at), np.inf)
     best[0] = 0.0
-    known: dict[tuple[tuple[int, ...], int, bool, bool], float] = {}
+    known: dict[tuple[tuple[int, ...], tuple[tuple[int, ...], ...], bool, bool], float] = {}
     for rank in range(problem.pp):
-        held = problem.in_flight[rank][0][0]
+        held = problem.in_flight[rank]
         reached = np.full(len(at), np.inf)
         for i in range(len(at) - 1):
             if not np.isfinite(best[i]):
@@ -172,7 +166,7 @@ def least_bytes(hardware: HardwareProfile, work: Workload, arrangement: Arrangem
                 if key not in known:
                     options = problem.options(key[0])
                     static = problem.static_bytes([(at[i], at[j])])
-                    known[key] = static + float((held * options.kept + options.transient).min())
+                    known[key] = static + float((options.held_bytes(held) + options.transient).min())
                 reached[j] = min(reached[j], max(best[i], known[key]))
         best = reached
     need = float(best[-1])

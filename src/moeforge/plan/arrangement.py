@@ -104,9 +104,7 @@ def _wanted(mode: tuple[int, int], dp: int, tp: int, fixed: Mapping[str, Any]) -
     return fixed.get("ep", ep) == ep and fixed.get("etp", etp) == etp
 
 
-def _schedules(
-    model: ModelConfig, pp: int, micro_batches: int, fixed: Mapping[str, Any]
-) -> Iterator[tuple[str, int]]:
+def _schedules(model: ModelConfig, pp: int, micro_batches: int, fixed: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     if pp == 1:
         if fixed.get("schedule", "1f1b") == "1f1b" and fixed.get("chunks", 1) == 1:
             yield "1f1b", 1

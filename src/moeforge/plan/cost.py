@@ -66,7 +66,7 @@ class Pass:
 @dataclass(frozen=True)
 class UnitCost:
     """Passes of one micro-batch. `backward_input` and `backward_weight` are the two halves done apart, `backward` both
-    at once, which is less where a kernel cannot do one alone; `update` happens once a step."""
+    at once, which is less where both need the same; `update` happens once a step."""
 
     forward: Pass
     backward: Pass
@@ -158,12 +158,7 @@ def _experts(work: Workload) -> _Passes:
     # Norm, residual and sorting on own tokens; gathering, SwiGLU and combining on expert rows; gate in float32.
     moved = (9 * t * d + rows * (4 * d + 3 * columns)) * size + 20 * work.tokens * moe.num_experts * _wide(work)
     there, back = _dispatch(work)
-    forward = Pass((router, *grouped), moved, there + _statistics(work))
-    together = _split(forward, back)[3]
-    # The experts' backward is one function of ours: done apart, both halves compute all of it.
-    for_input = Pass((router, *(2 * grouped)), 2 * moved, back)
-    for_weight = Pass((router, *(2 * grouped)), 2 * moved)
-    return forward, for_input, for_weight, together
+    return _split(Pass((router, *grouped), moved, there + _statistics(work)), back)
 
 
 def _dispatch(work: Workload) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
@@ -200,10 +195,10 @@ def _head(work: Workload) -> _Passes:
     enter, leave = _enter_leave(work) or (None, None)
     moved = 6 * work.own_tokens * d * _size(work) + t * rows * (3 * _size(work) + 8)
     forward = Pass((logits,) * 3, moved, () if enter is None else (enter, *_softmax(work)))
-    gradients = (3 * t * d + rows * d * 3) * _size(work) + 8 * rows * d
-    backward = Pass((), gradients, () if leave is None else (leave,))
-    # Its backward only scales what the forward has made; done apart, both halves do so.
-    return forward, backward, backward, backward
+    # Its backward only scales what the forward has made; the matrix's gradient is then added to the sum.
+    for_input = Pass((), 3 * t * d * _size(work), () if leave is None else (leave,))
+    for_weight = Pass((), 3 * rows * d * _size(work) + 8 * rows * d)
+    return forward, for_input, for_weight, for_input + for_weight
 
 
 def _softmax(work: Workload) -> tuple[Message, ...]:

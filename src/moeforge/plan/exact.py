@@ -118,8 +118,8 @@ class _Search:
         static = self.problem.static_bytes([(begin, end)])
         if static + self.problem.update_transient([(begin, end)]) > self.problem.memory:
             return np.full(self.p, -1)
-        held = np.array([counts[0][0] for counts in self.problem.in_flight])
-        fits = static + held[:, None] * options.kept + options.transient <= self.problem.memory
+        held = np.stack([options.held_bytes(counts) for counts in self.problem.in_flight])
+        fits = static + held + options.transient <= self.problem.memory
         return np.where(fits.any(1), fits.argmax(1), -1)
 
     def _bounds(self) -> None:

@@ -27,7 +27,7 @@ class RoutedFeedForward:
             self.route = _AllGather(work)
         else:
             self.route = _AllToAll(work)
-        self.held_gradients = self.route.experts.x + self.router.logits + self.hidden
+        self.held_gradients = self.route.experts.held_gradients + self.router.logits + self.hidden
 
     def forward(self, ledger: Ledger) -> None:
         self.norm.forward(ledger)
@@ -89,50 +89,27 @@ class _Router:
 
 
 class _Experts:
-    """`kernels.experts` over the buffer of `rows` rows, [R, D]."""
+    """`kernels.experts` over the buffer of `rows` rows, [R, D], by grouped matmuls; on CPUs, where experts take turns,
+    a little less is alive at once."""
 
     def __init__(self, work: Workload, rows: float) -> None:
         w, d, f = width(work), work.model.hidden_size, work.expert_columns
         self.x, self.gated, self.weight = rows * d * w, rows * f * w, work.experts * f * d * w
-        # float64 goes through a loop over experts, which keeps the activation too.
-        self.loop, self.count = w == 8, work.experts
+        self.held_gradients = self.x + 2 * self.gated
 
     def forward(self, ledger: Ledger) -> None:
         """Adds the output, besides x and what is kept."""
         ledger.take(2 * self.gated, self.gated, self.x)
-        if self.loop:
-            ledger.visit(self.x)  # the experts' outputs are joined
-        else:
-            ledger.free(self.gated)
+        ledger.free(self.gated)
 
     def backward(self, ledger: Ledger) -> None:
         """The output's gradient becomes the input's, which is kept no longer."""
-        if self.loop:
-            self._loop_backward(ledger)
-            return
         ledger.take(self.gated)  # gradient of the activation
         ledger.take(2 * self.gated, self.gated)
         ledger.free(self.gated)
         ledger.take(self.weight, 2 * self.weight, self.x)
         # The activation, gradient and original of the up-projection, input and output's gradient; weights' gradients.
         ledger.free(self.gated, 2 * self.gated, 2 * self.gated, self.x, self.x, 3 * self.weight)
-
-    def _loop_backward(self, ledger: Ledger) -> None:
-        gated, weight, x = self.gated / self.count, self.weight / self.count, self.x / self.count
-        for _ in range(self.count):
-            ledger.take(weight, gated)
-            ledger.free(gated)
-            ledger.take(2 * gated)
-            ledger.visit(gated)
-            ledger.free(gated, 2 * gated)
-            ledger.take(2 * weight, x)
-            ledger.free(2 * gated)
-        ledger.free(self.x, self.x)
-        for size in (self.weight, 2 * self.weight):
-            ledger.visit(size)  # the experts' gradients are joined, added up and gone
-            ledger.free(size)
-        ledger.take(self.x)
-        ledger.free(self.x)
 
 
 class _Combine:

@@ -10,7 +10,7 @@ import numpy as np
 
 from moeforge.layout import SCHEDULES
 from moeforge.plan.exact import Split, best_1f1b
-from moeforge.plan.problem import PipelineProblem, transient_if_recomputed
+from moeforge.plan.problem import PipelineProblem, most_bytes, transient_if_recomputed
 from moeforge.plan.simulator import columns, program, update_seconds
 from moeforge.plan.times import UnitTime
 
@@ -183,6 +183,7 @@ class _Fit:
         self.problem, self.held = problem, problem.in_flight[rank]
         self.static, self.update = problem.static_bytes(spans), problem.update_transient(spans)
         self.kept = [problem.boundary + sum(unit.kept for unit in problem.units[begin:end]) for begin, end in spans]
+        self.gradients = [sum(unit.held_gradients for unit in problem.units[begin:end]) for begin, end in spans]
         self.plain = Counter(problem.classes[i] for begin, end in spans for i in range(begin, end))
         self.again: Counter[int] = Counter()
         units = dict(zip(problem.classes, problem.units, strict=True))
@@ -195,10 +196,11 @@ class _Fit:
         self.plain[number] -= count
         self.again[number] += count
         self.kept[stage] -= count * (self.problem.units[unit].kept - self.problem.units[unit].checkpoint)
+        self.gradients[stage] -= count * self.problem.units[unit].held_gradients
 
     def fits(self) -> bool:
         """Whether the rank has the memory."""
-        held = max(sum(n * kept for n, kept in zip(counts, self.kept, strict=True)) for counts in self.held)
+        held = most_bytes(self.held, self.kept, self.gradients)
         transients = [self.if_plain[c] for c, n in self.plain.items() if n]
         transients += [self.if_again[c] for c, n in self.again.items() if n]
         return self.static + max(held + max(transients), self.update) <= self.problem.memory

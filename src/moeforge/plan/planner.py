@@ -109,14 +109,14 @@ def make_problem(
             bytes_ = unit_activations(work, name)
             # Of a stage's input and output one is kept beside the units' own, except at the ends.
             edge = {"embed": hidden, "head": -hidden}.get(name, 0) if several else 0
-            held = bytes_.held_gradients if split_backward else 0
             known[kind] = PlanUnit(
                 time=time,
                 static=unit_static_bytes(work, name),
-                kept=max(0, bytes_.kept + edge) + held,
+                kept=max(0, bytes_.kept + edge),
                 checkpoint=max(0, bytes_.checkpoint + edge),
                 forward_transient=bytes_.forward_transient,
                 backward_transient=bytes_.backward_transient,
+                held_gradients=bytes_.held_gradients if split_backward else 0,
                 recomputable=len(layer) == 3,
             )
         units.append(known[kind])

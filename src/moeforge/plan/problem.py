@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,7 +18,8 @@ from moeforge.plan.times import UnitTime, stage_time
 @dataclass(frozen=True)
 class PlanUnit:
     """A unit on one rank: its times, the bytes that it holds all along (weights, gradients, optimizer state) and those
-    of activations, per micro-batch, as `plan.activations` means them. `recomputable`: a layer's unit."""
+    of activations, per micro-batch, as `plan.activations` means them. `held_gradients` only where the schedule splits
+    the backward pass. `recomputable`: a layer's unit."""
 
     time: UnitTime
     static: int = 0
@@ -26,17 +27,25 @@ class PlanUnit:
     checkpoint: int = 0
     forward_transient: int = 0
     backward_transient: int = 0
+    held_gradients: int = 0
     recomputable: bool = True
 
 
 class Options(NamedTuple):
     """All ways to recompute some units of a stage, least extra time first: how many of each class, the seconds that
-    this adds to a backward, and the bytes of activations, kept for each micro-batch and transient."""
+    this adds to a backward, and the bytes of activations, kept for each micro-batch, transient, and held between the
+    halves of a split backward."""
 
     numbers: NDArray[np.int64]
     extra: Array
     kept: Array
     transient: Array
+    held_gradients: Array
+
+    def held_bytes(self, in_flight: Sequence[Sequence[int]]) -> Array:
+        """The most that each way keeps on a rank of one stage (see `PipelineProblem.in_flight`)."""
+        most: Array = (np.array(in_flight) @ np.stack([self.kept, self.held_gradients])).max(0)
+        return most
 
 
 @dataclass(frozen=True)
@@ -139,12 +148,14 @@ class PipelineProblem:
         if_again = np.array([transient_if_recomputed(unit) for unit in units])
         transient = np.maximum((plain > 0) * if_plain, (again > 0) * if_again).max(1)
         kept = kept + self.boundary
+        gradients = plain @ np.array([unit.held_gradients for unit in units])
         order = np.lexsort((transient, kept, extra))
-        return Options(again[order], extra[order], kept[order], transient[order])
+        return Options(again[order], extra[order], kept[order], transient[order], gradients[order])
 
     @functools.cached_property
     def in_flight(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """For every rank the maximal numbers of micro-batches that its stages, in ascending order, hold at once."""
+        """For every rank the maximal numbers of micro-batches that its stages, in ascending order, hold at once; and,
+        after them, of those between the halves of a split backward."""
         actions = schedule_actions(self.schedule, self.pp, self.chunks, self.micro_batches)
         return tuple(_most_held(own) for own in actions)
 
@@ -160,7 +171,7 @@ class PipelineProblem:
 
     def peak_bytes(self, rank: int, spans: Sequence[tuple[int, int]], recomputed: Sequence[Sequence[int]]) -> int:
         """Largest number of bytes that a rank uses, with these units of its stages recomputed."""
-        transient, kept = 0, []
+        transient, kept, gradients = 0, list[int](), list[int]()
         for (begin, end), units in zip(spans, recomputed, strict=True):
             again, total = set(units), self.boundary
             for i in range(begin, end):
@@ -169,8 +180,16 @@ class PipelineProblem:
                 own = max(unit.forward_transient, unit.backward_transient)
                 transient = max(transient, transient_if_recomputed(unit) if i in again else own)
             kept.append(total)
-        held = max(sum(n * each for n, each in zip(counts, kept, strict=True)) for counts in self.in_flight[rank])
+            gradients.append(sum(self.units[i].held_gradients for i in range(begin, end) if i not in again))
+        held = most_bytes(self.in_flight[rank], kept, gradients)
         return self.static_bytes(spans) + max(held + transient, self.update_transient(spans))
+
+
+def most_bytes(in_flight: Iterable[Sequence[int]], kept: Sequence[int], held_gradients: Sequence[int]) -> int:
+    """The most that a rank's stages keep for micro-batches in flight (see `PipelineProblem.in_flight`), of bytes by
+    stage."""
+    sizes = (*kept, *held_gradients)
+    return max(sum(n * each for n, each in zip(counts, sizes, strict=True)) for counts in in_flight)
 
 
 def transient_if_recomputed(unit: PlanUnit) -> int:
@@ -181,16 +200,20 @@ def transient_if_recomputed(unit: PlanUnit) -> int:
 
 
 def _most_held(actions: Sequence[Action]) -> tuple[tuple[int, ...], ...]:
-    """The Pareto-largest vectors of micro-batches whose activations a rank's stages hold."""
+    """The Pareto-largest vectors of micro-batches whose activations a rank's stages hold, and of those whose gradients
+    wait for the weights' half. The first stage of all does both halves in the second (see `plan.stage_memory`)."""
     stages = sorted({action.stage for action in actions})
     split = {(a.stage, a.micro_batch) for a in actions if a.kind == "W"}
-    held = dict.fromkeys(stages, 0)
+    held, waiting = dict.fromkeys(stages, 0), dict.fromkeys(stages, 0)
     seen: set[tuple[int, ...]] = set()
     for action in actions:
         if action.kind == "F":
             held[action.stage] += 1
-            seen.add(tuple(held.values()))
-        elif action.kind == "W" or (action.stage, action.micro_batch) not in split:
+        elif action.kind == "I" and (action.stage, action.micro_batch) in split:
+            waiting[action.stage] += action.stage > 0
+        else:
             held[action.stage] -= 1
+            waiting[action.stage] -= action.kind == "W" and action.stage > 0
+        seen.add((*held.values(), *waiting.values()))
     largest = [v for v in seen if not any(o != v and all(x <= y for x, y in zip(v, o, strict=True)) for o in seen)]
     return tuple(sorted(largest))

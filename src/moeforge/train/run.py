@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from moeforge.checkpoint import Checkpoint, load_part, open_checkpoint, pick_device
+from moeforge.checkpoint import Checkpoint, dequantized, load_part, open_checkpoint, pick_device
 from moeforge.config.parallel import check_batch, layout_for, with_planned_micro_batches
 from moeforge.config.schema import TrainConfig
 from moeforge.config.toml import dump_config
@@ -117,7 +117,7 @@ def prepare(
             if planned is not None:
                 config = with_planned_micro_batches(config, planned)
             resumed = find_resume(config, resume)
-            source = open_checkpoint(config.model.path)
+            source = dequantized(open_checkpoint(config.model.path))
             _check_positions(config, source)
             layout = _layout(config, source, planned, world_size)
             train_data, held_out = open_data(config, source.tokenizer(), progress)

@@ -63,6 +63,9 @@ class Trainer:
         self.config, self.run_dir, self.mesh, self.chunks, self.source = config, run_dir, mesh, chunks, source
         self.train_data, self.held_out, self._lock = train_data, held_out, lock
         self.model_config = source.config
+        for module in (each for chunk in chunks for each in chunk.modules()):
+            if isinstance(module, Experts):
+                module.trains_in_fp8 = config.model.expert_precision == "fp8"
         parameters: dict[str, nn.Parameter] = {}
         parts: dict[str, ParameterPart] = {}
         for stage, chunk in zip(mesh.stages, chunks, strict=True):

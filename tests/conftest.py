@@ -1,5 +1,5 @@
-"""What every test shares: no network, one hypothesis profile, no GPU tests where there is no GPU, and ranks as forked
-processes under gloo: `run_ranks(world_size, function, *args)`."""
+"""What every test shares: no network, one hypothesis profile, no spinning threads, no GPU tests where there is no GPU,
+and ranks as forked processes under gloo: `run_ranks(world_size, function, *args)`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ RunRanks = Callable[..., list[Any]]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads that wait for each other sleep: spinning, on cores that others use too, takes seconds where work takes none.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 settings.register_profile("moeforge", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("moeforge")

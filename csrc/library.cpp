@@ -103,6 +103,15 @@ EXPORT void moeforge_split_qkv(const bf16* qkv, const bf16* cos, const bf16* sin
     chosen->split_qkv(qkv, cos, sin, tokens, groups, heads_per_group, head_dim, q, k, v, threads);
 }
 
+// Rows of `bytes` to the pages' rows `slots`.
+EXPORT void moeforge_write(const char* keys, const char* values, const int64_t* slots, int64_t rows, int64_t bytes,
+                           char* key_pages, char* value_pages) {
+    for (int64_t r = 0; r < rows; ++r) {
+        std::memcpy(key_pages + slots[r] * bytes, keys + r * bytes, static_cast<size_t>(bytes));
+        std::memcpy(value_pages + slots[r] * bytes, values + r * bytes, static_cast<size_t>(bytes));
+    }
+}
+
 EXPORT void moeforge_attend(const Attention* attention, const bf16* q, const int64_t* table, const int64_t* lengths,
                             int64_t sequences, bf16* out, int threads) {
     chosen->attend(*attention, q, table, lengths, sequences, out, threads);

@@ -215,7 +215,7 @@ def test_split_qkv(tokens: int, groups: int, per_group: int, half: int) -> None:
         close(y, rotate(x.double(), cos.double(), sin.double()))
 
 
-@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 144, 256])
 @pytest.mark.parametrize("e4m3", [False, True])
 @pytest.mark.parametrize("window", [None, 5, 40])
 def test_attention(head_dim: int, e4m3: bool, window: int | None) -> None:
@@ -235,3 +235,12 @@ def test_attention(head_dim: int, e4m3: bool, window: int | None) -> None:
         close(y[b], expected)
         alone = native.attend(q[b : b + 1], pages, table[b : b + 1], torch.tensor([length]), window)
         assert torch.equal(alone[0], y[b])
+
+
+def test_writing_pages() -> None:
+    pages, slots = torch.zeros(2, 4, 16, 3, 8).bfloat16(), torch.tensor([63, 0, 17])
+    k, v = torch.randn(2, 3, 3, 8).bfloat16()
+    native.write_pages(pages, slots, k, v)
+    rows = pages.view(2, 64, 3, 8)
+    assert torch.equal(rows[0, slots], k) and torch.equal(rows[1, slots], v)
+    assert rows.count_nonzero() == k.count_nonzero() + v.count_nonzero()

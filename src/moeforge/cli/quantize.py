@@ -40,6 +40,13 @@ def command(
             "(dynamic) or one found on a text (static; not with block128)."
         ),
     ] = "none",
+    rounding: Annotated[
+        Literal["nearest", "gptq"],
+        typer.Option(
+            help="The nearest values, or those that GPTQ finds on a text: each column of a weight makes up for the "
+            "errors of those before it."
+        ),
+    ] = "nearest",
     keep: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,7 +56,8 @@ def command(
         ),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="static: a UTF-8 text file; default: topics of Python's documentation.")
+        Path | None,
+        typer.Option(help="static, gptq: a UTF-8 text file; default: topics of Python's documentation."),
     ] = None,
     text: Annotated[
         Path | None,
@@ -63,8 +71,11 @@ def command(
 
     The report is also in OUT, as quantization_report.json.
     """
-    if calibration is not None and activations != "static":
-        raise UserError(f"--calibration: is only read with --activations static, not {activations}")
+    calibrated = activations == "static" or rounding == "gptq"
+    if calibration is not None and not calibrated:
+        raise UserError(
+            f"--calibration: is only read with --activations static or --rounding gptq, not {activations}, {rounding}"
+        )
     words = None if text is None else read_text("--text", text)
     calibration_words = None if calibration is None else read_text("--calibration", calibration)
     config = QuantizationConfig(scales, activations)
@@ -74,7 +85,7 @@ def command(
     from moeforge.checkpoint.writer import require_free_directory
     from moeforge.cli.progress import progress_bar
     from moeforge.evaluate import streamed_loss, text_windows
-    from moeforge.quantize import calibrate, quantize, require_unquantized
+    from moeforge.quantize import calibrate, observe, quantize, require_unquantized
 
     require_free_directory(out)
     before = open_checkpoint(source)
@@ -85,7 +96,7 @@ def command(
     if scales == "block128" and (odd := _no_blocks(before.config)):
         note = f"warning: {odd}: no multiple of 128; we read such blocks, other engines misread them or refuse"
         stderr_console().print(f"{note} (--scales channel and tensor have none)", highlight=False)
-    read, held_out = _tokens(before, calibration_words, words, activations == "static")
+    read, held_out = _tokens(before, calibration_words, words, calibrated)
 
     def perplexity(checkpoint: Checkpoint, title: str) -> EvalResult | None:
         if held_out is None:
@@ -94,22 +105,26 @@ def command(
         with progress_bar(title, "units") as progress:
             return streamed_loss(checkpoint, batches, dtype, where, progress)
 
-    inputs = None
+    inputs = observed = None
     if read is not None:
         window_read = min(window, len(read) - 1)
         whole = min(len(read) - 1, _CALIBRATION_TOKENS) // window_read * window_read
-        batches = text_windows(before.config, read, window_read, window_read, whole)
-        with progress_bar("calibrating", "units") as progress:
-            inputs = calibrate(before, batches, dtype, where, progress)
+        batches = list(text_windows(before.config, read, window_read, window_read, whole))
+        if activations == "static":
+            with progress_bar("calibrating", "units") as progress:
+                inputs = calibrate(before, batches, dtype, where, progress)
+        if rounding == "gptq":
+            observed = observe(before, batches, dtype, where)
     first = perplexity(before, "perplexity before")
     with progress_bar("quantising", "weights") as progress:
-        made = quantize(before, out, config, inputs, progress)
+        made = quantize(before, out, config, inputs, progress, observed=observed)
     second = perplexity(open_checkpoint(out), "perplexity after")
     result: dict[str, Any] = {
         "path": made.path,
         "format": format,
         "scales": scales,
         "activations": activations,
+        "rounding": rounding,
         "kept": config.kept,
         "bytes_before": made.bytes_before,
         "bytes_after": made.bytes_after,
@@ -143,7 +158,7 @@ def _tokens(
 
     if not checkpoint.has_tokenizer:
         if text is not None or calibrated:
-            why = "--activations static: its calibration text" if calibrated else "--text: it"
+            why = "--activations static, --rounding gptq: the calibration text" if calibrated else "--text: it"
             raise UserError(f"{why} cannot be read: {checkpoint.path} has no tokenizer")
         return None, None
     tokenizer = checkpoint.tokenizer()
@@ -165,7 +180,8 @@ def _tokens(
 def _summary(result: dict[str, Any]) -> str:
     before, after = result["bytes_before"], result["bytes_after"]
     lines = [
-        f"{result['path']}: e4m3, scales by {result['scales']}, activations {result['activations']}",
+        f"{result['path']}: e4m3, scales by {result['scales']}, activations {result['activations']}, "
+        f"rounding {result['rounding']}",
         f"  weights      {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB after ({after / before:.2f}x)",
     ]
     if result["perplexity_before"] is not None:

@@ -22,7 +22,6 @@ PANEL = 16
 """Outputs that are computed together."""
 BLOCK = 128
 """Inputs that share a scale."""
-_HEAD_DIMS = frozenset({16, 32, 48, 64, 80, 96, 112, 128, 256})
 _int, _long, _float, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
@@ -61,6 +60,7 @@ _ARGUMENTS = {
     "swiglu": [_pointer, _long, _long, _pointer, _int],
     "swiglu_backward": [_pointer, _pointer, _long, _long, _pointer, _pointer, _int],
     "split_qkv": [*[_pointer] * 3, *[_long] * 4, *[_pointer] * 3, _int],
+    "write": [_pointer, _pointer, _pointer, _long, _long, _pointer, _pointer],
     "attend": [_pointer, _pointer, _pointer, _pointer, _long, _pointer, _int],
 }
 
@@ -269,13 +269,23 @@ def split_qkv(qkv_TGxh: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
     return q, k, v
 
 
-def has_head_dim(head_dim: int) -> bool:
-    """Whether `attend` knows heads of this size."""
-    return head_dim in _HEAD_DIMS
+def write_pages(pages: Tensor, slots_T: Tensor, k_TGh: Tensor, v_TGh: Tensor) -> None:
+    """As `moeforge.kernels.write_pages`, into pages of bf16."""
+    keys, values = pages
+    k_TGh, v_TGh = k_TGh.contiguous(), v_TGh.contiguous()
+    _library().moeforge_write(
+        k_TGh.data_ptr(),
+        v_TGh.data_ptr(),
+        slots_T.data_ptr(),
+        len(slots_T),
+        2 * k_TGh.shape[1] * k_TGh.shape[2],
+        keys.data_ptr(),
+        values.data_ptr(),
+    )
 
 
 def attend(q_BHh: Tensor, pages: Tensor, table_BP: Tensor, length_B: Tensor, window: int | None) -> Tensor:
-    """As `moeforge.kernels.paged_attention_decode`."""
+    """As `moeforge.kernels.paged_attention_decode`; h is a multiple of 16."""
     keys, values = pages
     q_BHh, table_BP = q_BHh.contiguous(), table_BP.contiguous()
     _, page_size, groups, head_dim = keys.shape

@@ -27,7 +27,7 @@ def paged_attention_decode(
         from moeforge.kernels.triton.paged_attention import attend
 
         return attend(q_BHh, pages, table_BP, length_B, window)
-    if native.takes(q_BHh) and native.has_head_dim(q_BHh.shape[2]):
+    if native.takes(q_BHh) and q_BHh.shape[2] % 16 == 0:
         return native.attend(q_BHh, pages, table_BP, length_B, window)
     return paged_attention_decode_reference(q_BHh, pages, table_BP, length_B, window)
 
@@ -69,6 +69,8 @@ def write_pages(pages: Tensor, slots_T: Tensor, k_TGh: Tensor, v_TGh: Tensor) ->
         from moeforge.kernels.triton.paged_attention import write
 
         return write(pages, slots_T, k_TGh, v_TGh)
+    if native.takes(k_TGh) and pages.dtype == torch.bfloat16:
+        return native.write_pages(pages, slots_T, k_TGh, v_TGh)
     for side, x in zip(pages, (k_TGh, v_TGh), strict=True):
         # torch copies no float8 by index, but bytes.
         stored = to_e4m3(x).view(torch.uint8) if side.dtype == torch.uint8 else x

@@ -1,9 +1,9 @@
-"""Fixed scales of activations: the largest magnitude that each matrix is given on a text."""
+"""What multiplies each matrix on a text: its inputs, and the largest magnitude among them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,11 @@ from moeforge.kernels.swiglu import swiglu
 from moeforge.model import DenseAttention, ForwardContext
 from moeforge.model.units import Experts, Linear
 
+Observed = dict[str, list[Tensor]]
+"""Inputs [R, K] of the matrices of a unit, by in-memory name: one tensor; `layers.3.ffn.experts.w13` and `.w2` have one
+for each expert, of the tokens that chose it."""
 
-@torch.inference_mode()
+
 def calibrate(
     checkpoint: Checkpoint,
     batches: Iterable[Batch],
@@ -27,10 +30,27 @@ def calibrate(
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """Largest magnitude of the inputs of every matrix, by its in-memory name; those of a layer's experts, of which
-    one token meets few, together as `layers.3.ffn.experts.w13` and `.w2`.
+    one token meets few, together as `layers.3.ffn.experts.w13` and `.w2`. Arguments and errors are those of `observe`.
+    """
+    return {
+        name: _largest(inputs)
+        for observed in observe(checkpoint, batches, dtype, device, progress)
+        for name, inputs in observed.items()
+    }
 
-    One unit is in memory at a time. `progress` is called with (units done, units in all). Raises UserError for weights,
-    RunError for activations, that are NaN or infinite.
+
+@torch.inference_mode()
+def observe(
+    checkpoint: Checkpoint,
+    batches: Iterable[Batch],
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Observed]:
+    """The inputs of every matrix, unit by unit in the order of the model, of which one is in memory at a time.
+
+    `progress` is called with (units done, units in all). Raises UserError for weights, RunError for activations, that
+    are NaN or infinite.
     """
     model = empty_model(checkpoint)
     passages = []
@@ -39,58 +59,66 @@ def calibrate(
         context = ForwardContext(DenseAttention(sequences, positions, batch.documents))
         batch = batch.to(device)
         passages.append(Passage(model, batch.tokens.flatten(), batch.positions.flatten(), context, dtype))
-    largest: dict[str, float] = {}
     for done, (name, unit) in enumerate(loaded_units(model, checkpoint, dtype, device), 1):
         for module in unit.modules():
             if type(module) in _OBSERVED:
                 module.__class__ = _OBSERVED[type(module)]
+                setattr(module, "seen", [])  # noqa: B010, as mypy knows no lists of modules
         for passage in passages:
             passage.through(unit)
+        observed: Observed = {}
         for path, module in unit.named_modules():
-            if isinstance(module, _ObservedLinear):
-                largest[f"{name}.{path}"] = float(module.largest)
-            elif isinstance(module, _ObservedExperts):
-                largest |= {f"{name}.{path}.w13": float(module.largest), f"{name}.{path}.w2": float(module.inside)}
+            if isinstance(module, (_ObservedLinear, _ObservedExperts)):
+                observed |= {f"{name}.{path}{part}": inputs for part, inputs in module.take().items()}
+        for matrix, inputs in observed.items():
+            if not math.isfinite(value := _largest(inputs)):
+                raise RunError(f"{matrix}: its inputs are {value} on the calibration text; the weights overflow in {dtype}")
         if progress is not None:
             progress(done, len(model.names))
-    for name, value in largest.items():
-        if not math.isfinite(value):
-            raise RunError(f"{name}: its inputs are {value} on the calibration text; the weights overflow in {dtype}")
-    return largest
+        yield observed
 
 
 class _ObservedLinear(Linear):
-    """A Linear that remembers the largest magnitude of its inputs."""
+    """A Linear that remembers its inputs."""
 
-    largest: Tensor | float = 0.0
+    seen: list[Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
-        self.largest = _larger(self.largest, x)
-        return super().forward(x)
+        y = self.project(x)
+        return y if self.bias is None else y + self.bias
 
     def project(self, x: Tensor) -> Tensor:
-        self.largest = _larger(self.largest, x)
+        self.seen.append(x)
         return super().project(x)
+
+    def take(self) -> Observed:
+        """What was seen, and forgets it."""
+        inputs, self.seen = torch.cat(self.seen), []
+        return {"": [inputs]}
 
 
 class _ObservedExperts(Experts):
-    """Experts that remember the largest magnitude of their inputs, and of those of their w2."""
+    """Experts that remember the inputs of each, and those of its w2."""
 
-    largest: Tensor | float = 0.0
-    inside: Tensor | float = 0.0
+    seen: list[list[tuple[Tensor, Tensor]]]
 
     def forward(self, x_RD: Tensor, offsets_e: Tensor) -> Tensor:
-        self.largest = _larger(self.largest, x_RD)
-        begin = 0
-        for w13, end in zip(self.w13, offsets_e.tolist(), strict=True):
-            self.inside = _larger(self.inside, swiglu(F.linear(x_RD[begin:end], w13)))
-            begin = end
+        ends = offsets_e.tolist()
+        sizes = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+        parts = zip(x_RD.split(sizes), self.w13, strict=True)
+        self.seen.append([(x, swiglu(F.linear(x, w13))) for x, w13 in parts])
         return super().forward(x_RD, offsets_e)
+
+    def take(self) -> Observed:
+        """What was seen, and forgets it."""
+        experts, self.seen = [zip(*expert, strict=True) for expert in zip(*self.seen, strict=True)], []
+        w13, w2 = zip(*((torch.cat(x), torch.cat(h)) for x, h in experts), strict=True)
+        return {".w13": list(w13), ".w2": list(w2)}
 
 
 _OBSERVED: dict[type, type] = {Linear: _ObservedLinear, Experts: _ObservedExperts}
 
 
-def _larger(so_far: Tensor | float, x: Tensor) -> Tensor | float:
-    """NaN stays NaN."""
-    return torch.maximum(x.abs().amax().float(), torch.as_tensor(so_far, device=x.device)) if x.numel() else so_far
+def _largest(inputs: list[Tensor]) -> float:
+    """NaN where there is one."""
+    return float(torch.stack([x.abs().amax() if x.numel() else x.new_zeros(()) for x in inputs]).amax())

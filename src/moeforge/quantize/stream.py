@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from moeforge.config.model import ModelConfig
 from moeforge.config.quantization import QuantizationConfig, matrices
 from moeforge.errors import UserError
 from moeforge.kernels.fp8 import E4M3_MAX
+from moeforge.quantize.calibrate import Observed
 from moeforge.quantize.weight import quantize_weight, relative_error
 
 
@@ -49,14 +50,16 @@ def quantize(
     inputs: Mapping[str, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    observed: Iterator[Observed] | None = None,
 ) -> QuantizeResult:
     """Writes `source` with FP8 weights as the model directory `out`, which appears when it is complete.
 
-    `inputs`: what `calibrate` found, for static activations. Weights that stay are written as stored; those of a GGUF
+    `inputs`: what `calibrate` found, for static activations. `observed`: what `observe` gives, for values found by GPTQ;
+    without it they are the nearest. Weights that stay are written as stored; those of a GGUF
     file, which come dequantised, in bf16. `progress` is called with (weights done, weights in all).
 
     Raises UserError for a source that is quantised already or not finite, and for an `out` in use; RunError where the
-    disk is too small or gets full.
+    disk is too small or gets full; what `observe` does.
     """
     begin = time.monotonic()
     require_unquantized(source)
@@ -69,6 +72,8 @@ def quantize(
     sizes = {name: _bytes(shape, _stored(source, name, kept_dtype, shapes)) for name, shape in shapes.items()}
     require_disk_space(out, sum(sizes.values()))
     fixed = _input_scales(config, inputs) if quantization.activations == "static" else {}
+    places = _places(config)
+    unit: Observed = {}
     errors: dict[str, float] = {}
     shutil.rmtree(partial_directory(out), ignore_errors=True)  # of a killed run
     writer = ShardWriter(out, config, shard_bytes, job="quantize")
@@ -80,7 +85,14 @@ def quantize(
             if module + WEIGHT_SCALE not in shapes:
                 writer.add(name, weight.to(kept_dtype or weight.dtype))
             else:
-                values, scales = quantize_weight(weight, quantization.scales)
+                samples = None
+                if observed is not None:
+                    matrix, index = places[module]
+                    while matrix not in unit:
+                        unit = next(observed)  # units come in the order of the weights
+                    samples = unit[matrix][index]
+                    weight = weight.to(samples.device)
+                values, scales = quantize_weight(weight, quantization.scales, samples)
                 errors[name] = relative_error(weight, values, scales, quantization.scales)
                 writer.add(name, values)
                 writer.add(module + WEIGHT_SCALE, scales)
@@ -117,14 +129,23 @@ def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
+def _places(config: ModelConfig) -> dict[str, tuple[str, int]]:
+    """By module that is FP8: what `observe` calls the inputs of its matrix, and at which index they are."""
+    places = {}
+    for matrix, modules in matrices(config).items():
+        for module in modules if config.fp8(matrix) else ():
+            part = {"w1": ".w13", "w3": ".w13", "w2": ".w2"}.get(module.rpartition(".")[2])
+            places[module] = (matrix, 0) if part is None else (matrix + part, int(module.split(".")[-2]))
+    return places
+
+
 def _input_scales(config: ModelConfig, inputs: Mapping[str, float] | None) -> dict[str, Tensor]:
     """By module: what its inputs are divided by. Inputs that were all zero say nothing: 1."""
     if inputs is None:
         raise ValueError("static activations need what calibrate found")
     assert config.quantization is not None
-    scales, shape = {}, input_shape(config.quantization.scales)
-    for matrix, modules in matrices(config).items():
-        for module in modules if config.fp8(matrix) else ():
-            part = {".w1": ".w13", ".w3": ".w13", ".w2": ".w2"}.get(module[-3:], "")
-            scales[module] = torch.tensor(inputs[matrix + part] / E4M3_MAX or 1.0).reshape(shape)
-    return scales
+    shape = input_shape(config.quantization.scales)
+    return {
+        module: torch.tensor(inputs[matrix] / E4M3_MAX or 1.0).reshape(shape)
+        for module, (matrix, _) in _places(config).items()
+    }

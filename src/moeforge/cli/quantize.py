@@ -73,9 +73,7 @@ def command(
     """
     calibrated = activations == "static" or rounding == "gptq"
     if calibration is not None and not calibrated:
-        raise UserError(
-            f"--calibration: is only read with --activations static or --rounding gptq, not {activations}, {rounding}"
-        )
+        raise UserError("--calibration: is only read with --activations static or --rounding gptq")
     words = None if text is None else read_text("--text", text)
     calibration_words = None if calibration is None else read_text("--calibration", calibration)
     config = QuantizationConfig(scales, activations)

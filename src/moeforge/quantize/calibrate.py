@@ -72,7 +72,9 @@ def observe(
                 observed |= {f"{name}.{path}{part}": inputs for part, inputs in module.take().items()}
         for matrix, inputs in observed.items():
             if not math.isfinite(value := _largest(inputs)):
-                raise RunError(f"{matrix}: its inputs are {value} on the calibration text; the weights overflow in {dtype}")
+                raise RunError(
+                    f"{matrix}: its inputs are {value} on the calibration text; the weights overflow in {dtype}"
+                )
         if progress is not None:
             progress(done, len(model.names))
         yield observed

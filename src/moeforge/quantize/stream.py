@@ -54,9 +54,9 @@ def quantize(
 ) -> QuantizeResult:
     """Writes `source` with FP8 weights as the model directory `out`, which appears when it is complete.
 
-    `inputs`: what `calibrate` found, for static activations. `observed`: what `observe` gives, for values found by GPTQ;
-    without it they are the nearest. Weights that stay are written as stored; those of a GGUF
-    file, which come dequantised, in bf16. `progress` is called with (weights done, weights in all).
+    `inputs`: what `calibrate` found, for static activations. `observed`: what `observe` gives, for values found by
+    GPTQ; without it they are the nearest. Weights that stay are written as stored; those of a GGUF file, which come
+    dequantised, in bf16. `progress` is called with (weights done, weights in all).
 
     Raises UserError for a source that is quantised already or not finite, and for an `out` in use; RunError where the
     disk is too small or gets full; what `observe` does.
@@ -94,8 +94,8 @@ def quantize(
                     weight = weight.to(samples.device)
                 values, scales = quantize_weight(weight, quantization.scales, samples)
                 errors[name] = relative_error(weight, values, scales, quantization.scales)
-                writer.add(name, values)
-                writer.add(module + WEIGHT_SCALE, scales)
+                writer.add(name, values.cpu())
+                writer.add(module + WEIGHT_SCALE, scales.cpu())
                 if module in fixed:
                     writer.add(module + INPUT_SCALE, fixed[module])
             if progress is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moeforge.config.model import ModelConfig
+from moeforge.kernels.backend import use_triton
 from moeforge.model import Dispatcher, ForwardContext, Shard, Transformer
 from moeforge.serve.kv_cache import KVCache
 from moeforge.serve.paged_attention import GATHERED_POSITIONS, DecodeRows, PagedAttention, slots
@@ -17,12 +18,9 @@ from moeforge.serve.step import StepBatch
 MOST_SEQUENCES = 256
 
 
-def can_capture(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether decode steps of this model never wait for the host: torch's grouped matmul does, but for bf16 on Hopper
-    and later."""
-    if device.type != "cuda":
-        return False
-    return config.moe is None or (dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0))
+def can_capture(config: ModelConfig, cache: KVCache) -> bool:
+    """Whether decode steps of this model never wait for the host: loops over experts do, where Triton is missing."""
+    return cache.device.type == "cuda" and (config.moe is None or use_triton(cache.layers[0]))
 
 
 class DecodeGraphs:

@@ -20,7 +20,7 @@ class Runner:
     ) -> None:
         self.model, self.cache, self.shard, self.dispatcher = model, cache, shard, dispatcher
         self.deterministic = deterministic
-        captured = can_capture(model.config, cache.dtype, cache.device)
+        captured = can_capture(model.config, cache)
         self._graphs = DecodeGraphs(model, cache, shard, dispatcher) if captured else None
 
     @property

@@ -1,0 +1,61 @@
+"""Rounding of one weight in which each column makes up for the errors of those before it.
+
+Legend: N rows, K columns, R inputs, B columns of a block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moeforge.kernels.fp8 import E4M3, to_e4m3
+
+_DAMPING = 0.01
+_COLUMNS = 128  # errors of earlier ones are fed back by one product, those of the last ones column by column
+
+
+def gptq(weight_NK: Tensor, scales_NK: Tensor, inputs_RK: Tensor) -> Tensor:
+    """e4m3 values [N, K] that bring `inputs (values * scales)^T` near `inputs weight^T`: GPTQ (Frantar et al. 2022), of
+    which this is the form of Chee et al. 2023 (QuIP, section 4): it minimises the error E of a row as tr(E H E^T),
+    H = inputs^T inputs, one column after another, those of the largest inputs first.
+
+    All finite and on one device; computed in float32. What lies beyond the largest value saturates, which later columns
+    make up for too. Columns whose inputs are all zero, and all columns where there are no inputs, are rounded to nearest.
+    """
+    order, feedback_KK = _feedback(inputs_RK)
+    weight_KN, scales_KN = weight_NK.float().T[order], scales_NK.T[order]
+    error_KN, values_KN = torch.zeros_like(weight_KN), torch.empty_like(weight_KN, dtype=E4M3)
+    for begin in range(0, len(order), _COLUMNS):
+        block = slice(begin, begin + _COLUMNS)
+        target_BN = weight_KN[block].addmm(feedback_KK[block, :begin], error_KN[:begin])
+        for k, target_N in enumerate(target_BN, begin):
+            target_N = target_N + feedback_KK[k, begin:k] @ error_KN[begin:k]
+            values_KN[k] = to_e4m3(target_N / scales_KN[k])
+            error_KN[k] = weight_KN[k] - values_KN[k].float() * scales_KN[k]
+    return values_KN[order.argsort()].T.contiguous()
+
+
+def _feedback(inputs_RK: Tensor) -> tuple[Tensor, Tensor]:
+    """The order of the columns, and in that order, strictly lower triangular: what of the error of column i column k
+    takes on.
+
+    H = U U^T with U upper triangular, so that tr(E H E^T) = |E U|^2, whose column k, E_k U_kk + sum_(i<k) E_i U_ik,
+    is smallest for the target weight_k + sum_(i<k) error_i U_ik / U_kk, with error = -E.
+    """
+    count, columns = inputs_RK.shape
+    inputs_RK = inputs_RK.float()
+    if count:
+        inputs_RK = inputs_RK / inputs_RK.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)  # squares are finite
+    hessian_KK = inputs_RK.T @ inputs_RK
+    order = hessian_KK.diagonal().argsort(descending=True)
+    backwards = hessian_KK[order.flip(0)][:, order.flip(0)]
+    # Fewer inputs than columns know little of how columns go together: more damping, less feedback.
+    damping = _DAMPING * max(1.0, columns / max(count, 1)) * (hessian_KK.diagonal().mean().item() or 1.0)
+    while True:
+        damped = backwards + damping * torch.eye(columns, device=backwards.device)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            break
+        damping *= 10
+    upper = lower.flip(0, 1)
+    return order, (upper / upper.diagonal()).T.tril(-1)

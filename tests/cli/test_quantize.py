@@ -35,15 +35,24 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("scales", "activations"), [("block128", "none"), ("channel", "dynamic"), ("tensor", "static")]
+    ("scales", "activations", "rounding"),
+    [
+        ("block128", "none", "nearest"),
+        ("channel", "dynamic", "nearest"),
+        ("tensor", "static", "nearest"),
+        ("block128", "none", "gptq"),
+        ("channel", "static", "gptq"),
+    ],
 )
 def test_quantize_then_eval_then_plan(
-    scales: str, activations: str, run: Run, model: Callable[..., Path], text: Path, tmp_path: Path
+    scales: str, activations: str, rounding: str, run: Run, model: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     source, out = model("moe"), tmp_path / "fp8"
     arguments = ["--scales", scales, "--activations", activations, "--text", text, "--keep", "layers.1.self_attn"]
-    static = ["--calibration", text] if activations == "static" else []
-    result = run("quantize", source, out, *arguments, *static)
+    if activations == "static" or rounding == "gptq":
+        arguments += ["--calibration", text]
+    result = run("quantize", source, out, *arguments, "--rounding", rounding)
+    assert result["rounding"] == rounding
     assert result == json.loads((out / REPORT).read_text())
     assert result["kept"] == ["layers.1.attention.qkv", "layers.1.attention.o"]
     assert 0.2 < result["bytes_after"] / result["bytes_before"] < 0.6
@@ -74,7 +83,7 @@ def test_without_a_tokenizer_there_is_no_perplexity(
         file.unlink()
     result = run("quantize", source, tmp_path / "out", "--scales", "channel")
     assert result["perplexity_before"] is result["perplexity_after"] is None and result["perplexity_tokens"] == 0
-    for more in (["--text", str(text)], ["--activations", "static", "--scales", "tensor"]):
+    for more in (["--text", str(text)], ["--activations", "static", "--scales", "tensor"], ["--rounding", "gptq"]):
         assert main(["quantize", str(source), str(tmp_path / "no"), *more]) == 2
 
 
@@ -83,7 +92,8 @@ def test_without_a_tokenizer_there_is_no_perplexity(
     [
         (["--keep", "router"], "--keep router: no matrix is called so"),
         (["--activations", "static"], "scales = 'block128'"),
-        (["--calibration", "x.txt"], "--calibration: is only read with --activations static, not none"),
+        (["--calibration", "x.txt"], "--calibration: is only read with --activations static or --rounding gptq"),
+        (["--rounding", "up"], "'up' is not one of"),
         (["--format", "fp4"], "'fp4' is not"),
         (["--scales", "row"], "'row' is not one of"),
         (["--text", "missing.txt"], "missing.txt"),

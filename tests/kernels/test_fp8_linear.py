@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moeforge.kernels.fp8 import to_e4m3
-from moeforge.kernels.fp8_linear import fp8_linear
+from moeforge.kernels.fp8_linear import fp8_linear, multiplied_activations
 from moeforge.kernels.fp8_weight import Fp8Weight, dequantize, fp8_linear_reference
 
 
@@ -22,3 +22,10 @@ def test_agrees_with_the_reference(dtype: torch.dtype, device: str) -> None:
         size = x.double().abs() @ dequantize(weight, torch.float64).abs().T
         rounding = 2**-8 if dtype == torch.bfloat16 or y.is_cuda else 1e-6
         assert ((y.double() - exact).abs() <= rounding * size).all()
+
+
+def test_activations_stay_as_they_are_where_e4m3_is_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert multiplied_activations("dynamic", torch.device("cpu")) == "none"
+    for capability, expected in (((8, 6), "none"), ((8, 9), "dynamic"), ((9, 0), "dynamic")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert multiplied_activations("dynamic", torch.device("cuda")) == expected

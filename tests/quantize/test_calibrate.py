@@ -14,7 +14,7 @@ from moeforge.data import Batch
 from moeforge.errors import RunError
 from moeforge.evaluate import sliding_windows
 from moeforge.model import DenseAttention, ForwardContext
-from moeforge.quantize import calibrate, quantize
+from moeforge.quantize import calibrate, observe, quantize
 
 from .conftest import MOE, TOKENS, MakeCheckpoint, distance, logits, random_model
 
@@ -65,6 +65,26 @@ def test_the_largest_inputs_of_every_matrix(changes: dict[str, Any], make: MakeC
     assert found.keys() == seen.keys()
     for name, value in seen.items():
         assert math.isclose(found[name], value, rel_tol=1e-5), name
+
+
+def test_every_expert_has_inputs_of_its_own(make: MakeCheckpoint) -> None:
+    source = make(moe=MOE, qkv_bias=True)
+    units = list(observe(source, batches(), torch.float32, CPU))
+    assert [list(unit) for unit in units if unit] == [
+        [f"layers.{i}.{matrix}" for matrix in matrices]
+        for i in range(2)
+        for matrices in (["attention.qkv", "attention.o"], ["ffn.experts.w13", "ffn.experts.w2"])
+    ]
+    found = {matrix: inputs for unit in units for matrix, inputs in unit.items()}
+    assert [tuple(x.shape) for x in found["layers.1.attention.qkv"]] == [(24, 160)]
+    assert [tuple(x.shape) for x in found["layers.1.attention.o"]] == [(24, 192)]
+    model = load_model(source)
+    for layer in range(2):
+        w13, w2 = found[f"layers.{layer}.ffn.experts.w13"], found[f"layers.{layer}.ffn.experts.w2"]
+        assert len(w13) == len(w2) == 4 and sum(map(len, w13)) == 24 * 2
+        for e, (x, h) in enumerate(zip(w13, w2, strict=True)):
+            gate, up = F.linear(x, model.state_dict()[f"layers.{layer}.ffn.experts.w13"][e]).chunk(2, -1)
+            torch.testing.assert_close(h, F.silu(gate) * up)
 
 
 @pytest.mark.parametrize("scales", ["tensor", "channel"])

@@ -14,8 +14,10 @@ import transformers
 from moeforge.checkpoint import Checkpoint, dequantized, load_model, open_checkpoint, save_model
 from moeforge.checkpoint.writer import ShardWriter, partial_directory
 from moeforge.config.quantization import QuantizationConfig, Scales
-from moeforge.errors import UserError
-from moeforge.quantize import QuantizeResult, quantize
+from moeforge.data import Batch
+from moeforge.errors import RunError, UserError
+from moeforge.evaluate import sliding_windows
+from moeforge.quantize import QuantizeResult, calibrate, observe, quantize
 
 from .conftest import MOE, TOKENS, MakeCheckpoint, distance, logits, random_model
 
@@ -111,6 +113,39 @@ def test_transformers_reads_the_blocks(architecture: str, activations: Any, make
     assert distance(ours, expected) < 0.02  # theirs are dequantised into bf16
 
 
+@pytest.fixture
+def batches() -> list[Batch]:
+    tokens = torch.randint(67, (1025,), generator=torch.Generator().manual_seed(4))
+    return list(sliding_windows([*TOKENS.tolist(), *tokens.tolist()], 32, 32))
+
+
+@pytest.mark.parametrize("activations", ["none", "dynamic", "static"])
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("form", ["llama, tied", "qwen3_moe", "ours"])
+def test_gptq_is_nearer_to_the_source(
+    form: str, scales: Scales, activations: Any, make: MakeCheckpoint, batches: list[Batch]
+) -> None:
+    if (scales, activations) == ("block128", "static"):
+        return  # no such configuration
+    source, cpu = make(**FORMS[form]), torch.device("cpu")
+    inputs = calibrate(source, batches, torch.float32, cpu) if activations == "static" else None
+    config = QuantizationConfig(scales, activations, kept=("layers.0.attention.o",))
+    nearest = quantize(source, source.path.with_name("nearest"), config, inputs)
+    observed = observe(source, batches, torch.float32, cpu)
+    made = quantize(source, source.path.with_name("gptq"), config, inputs, observed=observed)
+    assert made.bytes_after == nearest.bytes_after and made.errors.keys() == nearest.errors.keys()
+    assert sum(made.errors.values()) > sum(nearest.errors.values())  # weights differ more, what they compute less
+    found, other = open_checkpoint(made.path), open_checkpoint(nearest.path)
+    assert found.config == other.config and found.names == other.names
+    for name in found.names:
+        fp8 = found.dtype(name) == torch.float8_e4m3fn
+        assert fp8 != torch.equal(found.tensor(name).float(), other.tensor(name).float()), name
+    exact = logits(source)
+    weight_only = [load_model(dequantized(checkpoint)) for checkpoint in (found, other)]
+    assert distance(logits(weight_only[0]), exact) < 0.9 * distance(logits(weight_only[1]), exact)
+    assert distance(logits(found), exact) < 0.2
+
+
 def test_a_source_that_cannot_be_quantised(make: MakeCheckpoint, tmp_path: Path) -> None:
     source = make(moe=MOE)
     _, found = quantized(source, "tensor")
@@ -124,6 +159,14 @@ def test_a_source_that_cannot_be_quantised(make: MakeCheckpoint, tmp_path: Path)
     broken = open_checkpoint(save_model(model, tmp_path / "broken"))
     with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.o_proj\.weight.*NaN"):
         quantize(broken, tmp_path / "out", QuantizationConfig("channel"))
+    assert not (tmp_path / "out").exists() and not partial_directory(tmp_path / "out").exists()
+    model = random_model()
+    with torch.no_grad():
+        model.get_parameter("layers.1.ffn.norm.weight").fill_(1e38)
+    overflowing = open_checkpoint(save_model(model, tmp_path / "overflowing"))
+    observed = observe(overflowing, sliding_windows(TOKENS.tolist(), 8, 8), torch.float32, torch.device("cpu"))
+    with pytest.raises(RunError, match=r"layers\.1\.ffn\.w13"):
+        quantize(overflowing, tmp_path / "out", QuantizationConfig("channel"), observed=observed)
     assert not (tmp_path / "out").exists() and not partial_directory(tmp_path / "out").exists()
     with pytest.raises(UserError, match="not written from memory"):
         save_model(load_model(found), tmp_path / "saved")

@@ -36,17 +36,20 @@ class Checkpoint:
         if config.quantization is not None and config.quantization.activations != "static":
             # Some files carry scales of inputs that their own configuration does not use.
             self._on_disk = {name: disk for name, disk in self._on_disk.items() if not name.endswith(INPUT_SCALE)}
+        self._check_counts()
         self._shapes = canonical_shapes(config)
         self._check()
         self.names = tuple(self._shapes)
 
-    def _check(self) -> None:
+    def _check_counts(self) -> None:
         layers, experts = self.config.num_layers, self.config.moe.num_experts if self.config.moe else 0
-        if max(layers, experts) > len(self._on_disk):  # before so many names are made
+        if max(layers, experts) > len(self._on_disk):  # before `canonical_shapes` makes so many names
             raise UserError(
                 f"{self.path}: config.json asks for {layers} layers and {experts} experts, but the files hold only "
                 f"{len(self._on_disk)} tensors; half-downloaded, or config.json belongs to other weights"
             )
+
+    def _check(self) -> None:
         expected = self._shapes
         for what, names in (
             ("missing", [name for name in expected if name not in self._on_disk]),

@@ -45,8 +45,8 @@ class ModelSection(Section):
     expert_precision: Literal["same", "fp8"] = Field(
         default="same",
         description="Number format of the experts' products; fp8 = e4m3 in the forward pass and for the gradients of "
-        "inputs, while weight gradients and what is kept stay in model.precision. Faster on GPUs that have it, "
-        "elsewhere the same numbers; ignored for a dense model.",
+        "inputs, while weight gradients and what is kept stay in model.precision. Meant for GPUs that multiply such "
+        "numbers (not measured on one yet), elsewhere the same results; ignored for a dense model.",
     )
     recompute: Literal["none", "all", "attention", "ffn"] | tuple[Text, ...] = Field(
         default="none",

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moeforge.kernels.fp8_training import fp8_grouped_input_grad, fp8_grouped_matmul
 from moeforge.kernels.grouped import grouped_input_grad, grouped_matmul, grouped_weight_grad
@@ -80,6 +81,7 @@ class _WeightHalf(torch.autograd.Function):
         return kept[0].new_zeros(()).expand(kept[0].shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         found = ctx.left.take(grads[0])
         if found is None:
@@ -98,6 +100,7 @@ class _InputHalf(torch.autograd.Function):
         return x.new_zeros(()).expand(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, h, w13, w2, offsets = ctx.saved_tensors
         # Done together, the halves share the activation, and on CPUs the cache.
@@ -119,6 +122,7 @@ class _Join(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor]:
         return None, grads[0], grads[0]
 

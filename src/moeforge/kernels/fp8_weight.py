@@ -68,7 +68,8 @@ def quantize_activations(x_RK: Tensor, scale: Tensor | None = None) -> tuple[Ten
     """
     x_RK = x_RK.float()
     if scale is None:
-        scale = F.pad(x_RK, (0, 1)).abs().amax(-1, keepdim=True) / E4M3_MAX  # padded: no columns, no maximum
+        some = x_RK if x_RK.shape[-1] else F.pad(x_RK, (0, 1))  # of no columns there is no maximum
+        scale = some.abs().amax(-1, keepdim=True) / E4M3_MAX
         scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
     return to_e4m3(x_RK / scale), scale
 

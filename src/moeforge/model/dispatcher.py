@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from moeforge.kernels import PreparedExperts, combine, expert_permutation, gather, row_alignment
+from moeforge.kernels.backend import use_triton
 
 ExpertFunction = Callable[[Tensor, Tensor], Tensor]
 """(x_RD sorted by local expert, offsets_e int32) -> y_RD"""
@@ -50,6 +52,8 @@ class LocalDispatcher:
             return experts.routed(x_TD, weights_TK, experts_TK)
         if kept_TK is not None:
             weights_TK = weights_TK.where(kept_TK, 0.0)
-        permutation = expert_permutation(experts_TK, num_experts, kept_TK, row_alignment(x_TD.dtype))
+        # On GPUs only weight gradients want aligned groups; a decode step's padding would cost more than its rows.
+        alignment = 1 if use_triton(x_TD) and not torch.is_grad_enabled() else row_alignment(x_TD.dtype)
+        permutation = expert_permutation(experts_TK, num_experts, kept_TK, alignment)
         y_RD = experts(gather(x_TD, permutation), permutation.offsets_E)
         return combine(y_RD, weights_TK, permutation)

@@ -180,12 +180,15 @@ class Experts(nn.Module):
         if fp8 is None:
             self.w13, self.w2 = nn.Parameter(torch.empty(w13)), nn.Parameter(torch.empty(w2))
         else:
+            self.activations = fp8[0].activations
             self.w13, self.w13_scales, self.w13_input_scale = fp8[0].parameters(*w13)
             self.w2, self.w2_scales, self.w2_input_scale = fp8[1].parameters(*w2)
         self.prepared: PreparedExperts | None = None
 
     def prepare(self, dtype: torch.dtype, deterministic: bool) -> None:
         """Keep the weights as inference in `dtype` on a CPU wants them, and only so; on other devices they stay."""
+        if self.fp8 is not None:
+            self.activations = multiplied_activations(self.activations, self.w13.device)
         if self.w13.device.type == "cpu":
             w13, w2 = (self.w13.detach(), self.w2.detach()) if self.fp8 is None else self.fp8_weights()
             self.prepared = PreparedExperts(w13, w2, dtype, deterministic)
@@ -195,7 +198,7 @@ class Experts(nn.Module):
     def forward(self, x_RD: Tensor, offsets_e: Tensor) -> Tensor:
         if self.fp8 is not None:
             input_scales = self.w13_input_scale, self.w2_input_scale
-            return fp8_expert_mlp(x_RD, *self.fp8_weights(), offsets_e, self.fp8[0].activations, input_scales)
+            return fp8_expert_mlp(x_RD, *self.fp8_weights(), offsets_e, self.activations, input_scales)
         if self.trains_in_fp8 and torch.is_grad_enabled():
             return expert_mlp(x_RD, self.w13, self.w2, offsets_e, fp8=True)
         return expert_mlp(x_RD, self.w13, self.w2, offsets_e)

@@ -39,7 +39,7 @@ def calibrate(
     }
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def observe(
     checkpoint: Checkpoint,
     batches: Iterable[Batch],

@@ -20,7 +20,8 @@ def gptq(weight_NK: Tensor, scales_NK: Tensor, inputs_RK: Tensor) -> Tensor:
     H = inputs^T inputs, one column after another, those of the largest inputs first.
 
     All finite and on one device; computed in float32. What lies beyond the largest value saturates, which later columns
-    make up for too. Columns whose inputs are all zero, and all columns where there are no inputs, are rounded to nearest.
+    make up for too. Columns whose inputs are all zero, and all columns where there are no inputs, are rounded to
+    nearest.
     """
     order, feedback_KK = _feedback(inputs_RK)
     weight_KN, scales_KN = weight_NK.float().T[order], scales_NK.T[order]

@@ -12,7 +12,7 @@ from moeforge.config.model import ModelConfig
 from moeforge.kernels.backend import use_triton
 from moeforge.model import Dispatcher, ForwardContext, Shard, Transformer
 from moeforge.serve.kv_cache import KVCache
-from moeforge.serve.paged_attention import GATHERED_POSITIONS, DecodeRows, PagedAttention, slots
+from moeforge.serve.paged_attention import DecodeRows, PagedAttention, most_pages, slots
 from moeforge.serve.step import StepBatch
 
 MOST_SEQUENCES = 256
@@ -43,7 +43,7 @@ class DecodeGraphs:
         if not 0 < len(sequences) <= MOST_SEQUENCES or not all(s.samples and len(s.tokens) == 1 for s in sequences):
             return False
         rows, pages = self._size(batch)
-        return rows * pages * self.cache.block_size <= GATHERED_POSITIONS
+        return rows * pages <= most_pages(self.cache)
 
     def _size(self, batch: StepBatch) -> tuple[int, int]:
         """Sequences and pages that a step is padded to."""

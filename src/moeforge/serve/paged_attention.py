@@ -5,6 +5,7 @@ Legend: T tokens, H local heads, G local KV groups, h head dimension, B sequence
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,12 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeforge.kernels.backend import use_triton
 from moeforge.kernels.paged_attention import paged_attention_decode
 from moeforge.serve.kv_cache import KVCache
 from moeforge.serve.step import SequenceStep, StepBatch
 
-GATHERED_POSITIONS = 1 << 15
-"""Of the keys and values that are copied out of a layer's pages at once, padding included."""
+_GATHERED_POSITIONS = 1 << 15
+
+
+def most_pages(cache: KVCache) -> int:
+    """Pages whose keys and values torch's attention copies out of a layer at once, padding included; other kernels copy
+    none."""
+    gathers = not use_triton(cache.layers[0])
+    return _GATHERED_POSITIONS // cache.block_size if gathers else sys.maxsize
 
 
 @dataclass
@@ -57,7 +65,7 @@ class PagedAttention:
         """That of a step."""
         device = cache.device
         decodes, chunks, row = [], [], 0
-        for span in _similar(batch.sequences, GATHERED_POSITIONS // cache.block_size):
+        for span in _similar(batch.sequences, most_pages(cache)):
             widest = len(span[-1].block_ids)
             table = [[*s.block_ids, *[s.block_ids[-1]] * (widest - len(s.block_ids))] for s in span]
             decodes.append(

@@ -13,19 +13,19 @@ constexpr int64_t kPanel = 16;  // outputs that are computed together: one vecto
 
 // A weight [outputs, inputs] in pairs of panels of 16 outputs, filled up with zeros.
 //   bf16: [pair][inputs / 2][2 panels][16 outputs][2 inputs];  e4m3: [pair][inputs / 4][2 panels][16 outputs][4 inputs]
-// e4m3 has scales [pair][blocks][2 panels][16]: the first block has `first_block` inputs, each other one 128, the last one
-// the rest.
+// e4m3 has scales [pair][blocks][2 panels][scale_width], the width being 16 or, where a panel shares one, 1. The first block
+// has `first_block` inputs, each other one 128, the last one the rest.
 struct Weight {
     const uint8_t* data;
     const float* scales;  // null for bf16
-    int64_t outputs, inputs, blocks, first_block;
+    int64_t outputs, inputs, blocks, first_block, scale_width;
 };
 
 struct Gate {
     const float* weight;  // [E, D]
     const float* bias;    // [E] or null
     int64_t experts, hidden, top_k;
-    float scale;          // lambda; 0 for no normalisation
+    float scale;          // lambda; NaN for no normalisation
     int32_t renormalize;
 };
 

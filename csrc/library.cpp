@@ -45,6 +45,9 @@ void pack(const Item* from, int64_t outputs, int64_t inputs, int64_t together, b
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+// Counts changes of what is called and how: the caller must be of the same build.
+EXPORT int moeforge_abi() { return 1; }
+
 // The name of the instruction set in use.
 EXPORT const char* moeforge_name() { return chosen->name; }
 

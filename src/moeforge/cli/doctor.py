@@ -40,11 +40,13 @@ def examine() -> dict[str, Any]:
         if version is None
     ]
     if native.name() is None:
-        notes.append(
-            "the native CPU library is off (MOEFORGE_NATIVE=0)"
-            if os.environ.get("MOEFORGE_NATIVE") == "0"
-            else "the native CPU library was not built: install g++, then moeforge again; CPUs serve slower without"
-        )
+        if os.environ.get("MOEFORGE_NATIVE") == "0":
+            reason = "is off (MOEFORGE_NATIVE=0)"
+        elif native.built() is None:
+            reason = "was not built: install g++ (10 or later), then moeforge again"
+        else:
+            reason = "is of another version or for another machine: install moeforge again"
+        notes.append(f"the native CPU library {reason}; without it CPUs serve more slowly")
     if not gpus:
         notes.append("no CUDA device: everything runs on the CPU")
         if not capabilities.get("avx512_bf16") and not capabilities.get("amx_bf16"):

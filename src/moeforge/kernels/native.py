@@ -1,7 +1,7 @@
 """The native CPU library (csrc/): bf16 and e4m3 weights in panels, and what a decode step does around them.
 
 It is there where a compiler was at installation and `MOEFORGE_NATIVE` is not 0; without it, torch does the same. Every
-function takes contiguous bf16 tensors on the CPU and returns new ones; a row's bits depend on nothing but the row.
+function takes bf16 tensors on the CPU and returns new ones; a row's bits depend on nothing but the row.
 
 Legend: T tokens, D hidden, E experts, K top-k, H heads, G KV groups, h head dimension, B sequences, P pages, S
 positions of a page, N outputs.
@@ -10,7 +10,9 @@ positions of a page, N outputs.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
+import sysconfig
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -22,12 +24,14 @@ PANEL = 16
 """Outputs that are computed together."""
 BLOCK = 128
 """Inputs that share a scale."""
+_TOKENS = 4096
+"""Of which experts keep what is between their two maps."""
 _int, _long, _float, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
 class _Weight(ctypes.Structure):
     _fields_ = [("data", _pointer), ("scales", _pointer)] + [
-        (name, _long) for name in ("outputs", "inputs", "blocks", "first_block")
+        (name, _long) for name in ("outputs", "inputs", "blocks", "first_block", "scale_width")
     ]
 
 
@@ -65,19 +69,31 @@ _ARGUMENTS = {
 }
 
 
+_ABI = 1
+"""That of csrc/library.cpp."""
+
+
+def built() -> Path | None:
+    """Where the library is, if it was built for this interpreter."""
+    path = Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
+    return path if path.exists() else None
+
+
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library, None where it was not built or is not wanted."""
-    built = sorted(Path(__file__).parent.glob("_native*.so"))
-    if not built or os.environ.get("MOEFORGE_NATIVE") == "0":
+    """The library, None where it was not built, is of another version than this file, or is not wanted."""
+    path = built()
+    if path is None or os.environ.get("MOEFORGE_NATIVE") == "0":
         return None
     try:
         # torch is imported, so its OpenMP library is there for this one to use.
-        loaded = ctypes.CDLL(str(built[-1]))
-    except OSError:  # of another processor or C library than it was built for
+        loaded = ctypes.CDLL(str(path))
+        if loaded.moeforge_abi() != _ABI:
+            return None
+        for name, arguments in _ARGUMENTS.items():
+            getattr(loaded, f"moeforge_{name}").argtypes = arguments
+    except (OSError, AttributeError):  # of another processor, C library or version than it was built for
         return None
-    for name, arguments in _ARGUMENTS.items():
-        getattr(loaded, f"moeforge_{name}").argtypes = arguments
     loaded.moeforge_name.restype = ctypes.c_char_p
     return loaded
 
@@ -88,10 +104,13 @@ def name() -> str | None:
     return None if loaded is None else loaded.moeforge_name().decode()
 
 
-def takes(x: Tensor) -> bool:
-    """Whether the library computes with such activations."""
+def takes(*tensors: Tensor) -> bool:
+    """Whether the library computes with such activations, and what goes with them."""
     return (
-        x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled() and library() is not None
+        all(x.dtype == torch.bfloat16 and not x.is_cuda for x in tensors)
+        and tensors[0].device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and library() is not None
     )
 
 
@@ -120,15 +139,15 @@ class NativeWeight:
         pack = _library().moeforge_pack_bf16 if scales is None else _library().moeforge_pack_e4m3
         pack(weight.data_ptr(), outputs, inputs, gated, self._data.data_ptr(), torch.get_num_threads())
         self._scales: Tensor | None = None
-        blocks = 1
+        blocks = width = 1
         if scales is not None:
             blocks = scales.shape[1]
-            group = 1 if scales.shape[0] == outputs else PANEL
-            order = torch.arange(padded)
+            width = PANEL if scales.shape[0] == outputs else 1
+            order = torch.arange(padded // PANEL * width)
             if gated:
-                order = order.view(2, -1, PANEL).transpose(0, 1).flatten()
-            by_row = scales.float()[order.clamp_max_(outputs - 1) // group]
-            self._scales = by_row.view(-1, 2, PANEL, blocks).permute(0, 3, 1, 2).contiguous()
+                order = order.view(2, -1, width).transpose(0, 1).flatten()
+            by_row = scales.float()[order.clamp_max_(scales.shape[0] - 1)]
+            self._scales = by_row.view(-1, 2, width, blocks).permute(0, 3, 1, 2).contiguous()
         self.struct = _Weight(
             self._data.data_ptr(),
             None if self._scales is None else self._scales.data_ptr(),
@@ -136,11 +155,14 @@ class NativeWeight:
             inputs,
             blocks,
             inputs if blocks == 1 else BLOCK - column_offset,
+            width,
         )
         self._address = ctypes.addressof(self.struct)
 
     def linear(self, x_TD: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x W^T + bias [T, N]."""
+        """x W^T + bias [T, N], of bf16."""
+        assert x_TD.dtype == torch.bfloat16 and x_TD.shape[1] == self.inputs
+        assert bias is None or (bias.dtype == torch.bfloat16 and bias.is_contiguous())
         x_TD = x_TD.contiguous()
         out = x_TD.new_empty(x_TD.shape[0], self.outputs)
         _library().moeforge_linear(
@@ -163,9 +185,15 @@ class NativeExperts:
         self._w2 = (_Weight * len(w2))(*(w.struct for w in w2))
 
     def routed(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
-        """Sum over k of weights_TK (float32) times the output of expert experts_TK (int64): [T, D]."""
-        x_TD, weights_TK, experts_TK = x_TD.contiguous(), weights_TK.contiguous(), experts_TK.contiguous()
-        out = torch.empty_like(x_TD)
+        """Sum over k of weights_TK times the output of expert experts_TK (int64): [T, D]."""
+        assert x_TD.dtype == torch.bfloat16 and experts_TK.dtype == torch.int64
+        out = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+        pieces = (x.contiguous().split(_TOKENS) for x in (x_TD, weights_TK.float(), experts_TK, out))
+        for x, weights, experts, y in zip(*pieces, strict=True):
+            self._routed(x, weights, experts, y)
+        return out
+
+    def _routed(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, out: Tensor) -> None:
         tokens, top_k = experts_TK.shape
         _library().moeforge_experts(
             ctypes.addressof(self._w13),
@@ -179,7 +207,6 @@ class NativeExperts:
             out.data_ptr(),
             torch.get_num_threads(),
         )
-        return out
 
 
 def choose_experts(
@@ -188,13 +215,14 @@ def choose_experts(
     """Weights [T, K] and experts [T, K] as `gate` chooses them by float32 logits of weight_ED and bias_E (float32)."""
     x_TD = x_TD.contiguous()
     tokens, hidden = x_TD.shape
+    assert top_k <= weight_ED.shape[0] and weight_ED.dtype == torch.float32
     gate = _Gate(
         weight_ED.data_ptr(),
         None if bias_E is None else bias_E.data_ptr(),
         weight_ED.shape[0],
         hidden,
         top_k,
-        scale or 0.0,
+        math.nan if scale is None else scale,
         renormalize,
     )
     weights_TK = torch.empty(tokens, top_k, dtype=torch.float32)
@@ -251,6 +279,8 @@ def swiglu_backward(h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 def split_qkv(qkv_TGxh: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[T, G, H/G + 2, h] to q [T, H, h], k and v [T, G, h], q and k turned by cos and sin [T, 1, h/2]."""
     tokens, groups, heads, head_dim = qkv_TGxh.shape
+    qkv_TGxh, cos, sin = qkv_TGxh.contiguous(), cos.contiguous(), sin.contiguous()
+    assert cos.shape == sin.shape == (tokens, 1, head_dim // 2)
     q = qkv_TGxh.new_empty(tokens, groups * (heads - 2), head_dim)
     k, v = (qkv_TGxh.new_empty(tokens, groups, head_dim) for _ in range(2))
     _library().moeforge_split_qkv(
@@ -270,8 +300,9 @@ def split_qkv(qkv_TGxh: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
 
 
 def write_pages(pages: Tensor, slots_T: Tensor, k_TGh: Tensor, v_TGh: Tensor) -> None:
-    """As `moeforge.kernels.write_pages`, into pages of bf16."""
+    """As `moeforge.kernels.write_pages`, into pages of bf16. Slots are not checked."""
     keys, values = pages
+    assert pages.is_contiguous() and slots_T.dtype == torch.int64 and slots_T.is_contiguous()
     k_TGh, v_TGh = k_TGh.contiguous(), v_TGh.contiguous()
     _library().moeforge_write(
         k_TGh.data_ptr(),
@@ -287,7 +318,8 @@ def write_pages(pages: Tensor, slots_T: Tensor, k_TGh: Tensor, v_TGh: Tensor) ->
 def attend(q_BHh: Tensor, pages: Tensor, table_BP: Tensor, length_B: Tensor, window: int | None) -> Tensor:
     """As `moeforge.kernels.paged_attention_decode`; h is a multiple of 16."""
     keys, values = pages
-    q_BHh, table_BP = q_BHh.contiguous(), table_BP.contiguous()
+    assert pages.is_contiguous() and table_BP.dtype == length_B.dtype == torch.int64
+    q_BHh, table_BP, length_B = q_BHh.contiguous(), table_BP.contiguous(), length_B.contiguous()
     _, page_size, groups, head_dim = keys.shape
     sequences, heads, _ = q_BHh.shape
     attention = _Attention(

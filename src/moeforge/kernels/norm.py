@@ -51,7 +51,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
             from moeforge.kernels.triton.norm import rms_norm_forward
 
             return rms_norm_forward(x, weight, eps)[0]
-        if native.takes(x):
+        if native.takes(x, weight):
             return native.rms_norm(x, weight, eps)
         return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
     return _RMSNorm.apply(x, weight, eps)

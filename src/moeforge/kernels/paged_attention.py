@@ -69,7 +69,7 @@ def write_pages(pages: Tensor, slots_T: Tensor, k_TGh: Tensor, v_TGh: Tensor) ->
         from moeforge.kernels.triton.paged_attention import write
 
         return write(pages, slots_T, k_TGh, v_TGh)
-    if native.takes(k_TGh) and pages.dtype == torch.bfloat16:
+    if native.takes(k_TGh, v_TGh, pages):
         return native.write_pages(pages, slots_T, k_TGh, v_TGh)
     for side, x in zip(pages, (k_TGh, v_TGh), strict=True):
         # torch copies no float8 by index, but bytes.

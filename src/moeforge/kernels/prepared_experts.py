@@ -27,7 +27,7 @@ class PreparedExperts:
         self.deterministic, self.num_experts = deterministic, len(ups)
         self._native: NativeExperts | None = None
         self._prepared: list[tuple[PreparedWeight, PreparedWeight]] = []
-        if all(_takes(down, dtype) and can_panel(up, dtype) for up, down in zip(ups, downs, strict=True)):
+        if ups and all(_takes(down, dtype) and can_panel(up, dtype) for up, down in zip(ups, downs, strict=True)):
             self._native = NativeExperts([panels(up, gated=True) for up in ups], [panels(down) for down in downs])
         else:
             self._prepared = [
@@ -47,7 +47,7 @@ class PreparedExperts:
         The native library does all of it in one call, and adds in float32; otherwise tokens are sorted by expert first.
         """
         if self._native is not None:
-            return self._native.routed(x_TD, weights_TK.float(), experts_TK)
+            return self._native.routed(x_TD, weights_TK, experts_TK)
         permutation = expert_permutation(experts_TK, self.num_experts, alignment=self._alignment(experts_TK.numel()))
         x_RD = gather(x_TD, permutation)
         y_RD, begin = torch.empty_like(x_RD), 0

@@ -21,7 +21,7 @@ def split_rotated_qkv(qkv_TGxh: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
         from moeforge.kernels.triton.qkv import split_rotated_qkv as on_gpu
 
         return on_gpu(qkv_TGxh, cos, sin)
-    if native.takes(qkv_TGxh) and qkv_TGxh.numel():
+    if native.takes(qkv_TGxh, cos, sin) and qkv_TGxh.numel():
         return native.split_qkv(qkv_TGxh, cos, sin)
     q, k, v = split_qkv(qkv_TGxh)
     return rotate(q, cos, sin), rotate(k, cos, sin), v

@@ -35,7 +35,7 @@ def swiglu_backward(h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         from moeforge.kernels.triton import swiglu as on_gpu
 
         return on_gpu.swiglu_backward(h, grad)
-    if native.takes(h):
+    if native.takes(h, grad):
         return native.swiglu_backward(h, grad)
     gate, up = h.chunk(2, dim=-1)
     out = torch.empty_like(h)

@@ -48,10 +48,10 @@ class LocalDispatcher:
         num_experts: int,
         experts: ExpertFunction,
     ) -> Tensor:
-        if isinstance(experts, PreparedExperts):
-            return experts.routed(x_TD, weights_TK, experts_TK)
         if kept_TK is not None:
             weights_TK = weights_TK.where(kept_TK, 0.0)
+        if isinstance(experts, PreparedExperts):
+            return experts.routed(x_TD, weights_TK, experts_TK)
         # On GPUs only weight gradients want aligned groups; a decode step's padding would cost more than its rows.
         alignment = 1 if use_triton(x_TD) and not torch.is_grad_enabled() else row_alignment(x_TD.dtype)
         permutation = expert_permutation(experts_TK, num_experts, kept_TK, alignment)

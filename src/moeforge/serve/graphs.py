@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from moeforge.config.model import ModelConfig
-from moeforge.kernels.backend import use_triton
 from moeforge.model import Dispatcher, ForwardContext, Shard, Transformer
 from moeforge.serve.kv_cache import KVCache
-from moeforge.serve.paged_attention import DecodeRows, PagedAttention, most_pages, slots
+from moeforge.serve.paged_attention import DecodeRows, PagedAttention, in_triton, most_pages, slots
 from moeforge.serve.step import StepBatch
 
 MOST_SEQUENCES = 256
@@ -20,7 +19,7 @@ MOST_SEQUENCES = 256
 
 def can_capture(config: ModelConfig, cache: KVCache) -> bool:
     """Whether decode steps of this model never wait for the host: loops over experts do, where Triton is missing."""
-    return cache.device.type == "cuda" and (config.moe is None or use_triton(cache.layers[0]))
+    return cache.device.type == "cuda" and (config.moe is None or in_triton(cache))
 
 
 class DecodeGraphs:

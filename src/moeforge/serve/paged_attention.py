@@ -21,11 +21,15 @@ from moeforge.serve.step import SequenceStep, StepBatch
 _GATHERED_POSITIONS = 1 << 15
 
 
+def in_triton(cache: KVCache) -> bool:
+    """Whether Triton computes with activations of this cache's dtype."""
+    return use_triton(cache.layers[0]) and cache.dtype != torch.float64
+
+
 def most_pages(cache: KVCache) -> int:
     """Pages whose keys and values torch's attention copies out of a layer at once, padding included; other kernels copy
     none."""
-    gathers = not use_triton(cache.layers[0])
-    return _GATHERED_POSITIONS // cache.block_size if gathers else sys.maxsize
+    return sys.maxsize if in_triton(cache) else _GATHERED_POSITIONS // cache.block_size
 
 
 @dataclass

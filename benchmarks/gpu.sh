@@ -11,10 +11,13 @@
 # DEVICE   cpu: tiny shapes, only to see that everything runs
 set -u
 
+case ${1:-} in # OUT is seen from where the script is called
+"" | /*) OUT=${1:-benchmarks/results/gpu.json} ;;
+*) OUT=$PWD/$1 ;;
+esac
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
-OUT=${1:-benchmarks/results/gpu.json}
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 "$PYTHON" - "$DEVICE" <<'PYTHON' || exit 2

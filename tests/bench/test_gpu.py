@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from moeforge.bench import gpu, gpu_decode
+from moeforge.bench import gpu, gpu_decode, gpu_kernels
 from moeforge.bench.gpu_block import _mixtral, _plain_routed
 from moeforge.bench.gpu_decode import DecodeBench, memory, skywork
 from moeforge.bench.gpu_layer import MIXTRAL, TINY, routing
 from moeforge.bench.gpu_report import flat, merge, shown, table
 from moeforge.bench.gpu_tests import run_files
 from moeforge.config.presets import model_preset
-from moeforge.kernels import expert_mlp_reference
+from moeforge.kernels import expert_mlp_reference, expert_permutation
 from moeforge.model import LocalDispatcher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +103,20 @@ def test_transformers_block_is_the_same_function() -> None:
     assert sum(p.numel() for p in peer.experts.parameters()) * 2 * MIXTRAL.top_k * MIXTRAL.tokens == pytest.approx(
         MIXTRAL.flops * MIXTRAL.experts
     )
+
+
+@pytest.mark.parametrize(("triton", "expected"), [(True, 1), (False, 32)])
+def test_decoding_is_measured_as_it_is_served(triton: bool, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def permutation(chosen: torch.Tensor, experts: int, alignment: int) -> Any:
+        asked.append(alignment)
+        return expert_permutation(chosen, experts, alignment=alignment)
+
+    monkeypatch.setattr(gpu_kernels, "use_triton", lambda x: triton)
+    monkeypatch.setattr(gpu_kernels, "expert_permutation", permutation)
+    assert gpu_kernels.decode_experts(TINY, CPU, (2,))["2 sequences"]["failed"] == {}
+    assert asked == [expected]
 
 
 def test_plain_routed_experts_are_the_reference() -> None:
@@ -201,8 +215,12 @@ def test_files_of_tests_are_run_apart(tmp_path: Path) -> None:
     )
     (tmp_path / "test_bad.py").write_text("import pytest\n@pytest.mark.cuda\ndef test_one(): assert 1 == 2\n")
     (tmp_path / "test_none.py").write_text("def test_one(): pass\n")
+    (tmp_path / "test_wants.py").write_text("import nowhere_to_be_found.here\n")
+    (tmp_path / "test_wrong.py").write_text("import moeforge.nowhere_to_be_found\n")
     found = {name: result() for name, result in run_files(sorted(tmp_path.glob("*.py")), tmp_path, "cuda")}
-    assert list(found) == ["test_bad.py", "test_good.py", "test_none.py"]
+    assert list(found) == ["test_bad.py", "test_good.py", "test_none.py", "test_wants.py", "test_wrong.py"]
+    assert found["test_wants.py"] == {"skipped": "nowhere_to_be_found is not installed"}
+    assert "ModuleNotFoundError" in found["test_wrong.py"]["error"]
     assert "assert 1 == 2" in found["test_bad.py"]["error"] and "1 failed" in found["test_bad.py"]["summary"]
     assert "1 passed" in found["test_good.py"]["summary"]
     assert found["test_none.py"] == {"skipped": "no cuda tests"}
@@ -227,15 +245,17 @@ def test_the_script_survives_stages_that_hang_or_fail(tmp_path: Path) -> None:
     fake.chmod(0o755)
     script.parent.mkdir()
     script.write_text(re.sub(r"^stage kernels \d+", "stage kernels 1", SCRIPT.read_text(), flags=re.MULTILINE))
+    here = tmp_path / "here"
+    here.mkdir()
     environment = {**os.environ, "PYTHON": str(fake), "LOG": str(log)}
     done = subprocess.run(
-        ["bash", str(script), "out.json"], env=environment, capture_output=True, text=True, timeout=60
+        ["bash", str(script), "out.json"], env=environment, cwd=here, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     assert "kernels: ended with exit code 124" in done.stderr and "decode: ended with exit code 3" in done.stderr
     lines = log.read_text().splitlines()
     assert [line.split()[0] for line in lines[:5]] == ["kernels", "decode", "train", "tests", "report"]
-    assert lines[4].endswith("--out out.json") and lines[5:] == ["tests.json", "train.json"]
+    assert lines[4].endswith(f"--out {here / 'out.json'}") and lines[5:] == ["tests.json", "train.json"]
 
 
 def test_the_scripts_limits_add_up_to_less_than_nine_minutes() -> None:

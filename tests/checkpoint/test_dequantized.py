@@ -102,6 +102,14 @@ def _set(name: str, value: Callable[[Tensor], Tensor]) -> Edit:
             _set("model.layers.0.self_attn.o_proj.weight_scale", lambda s: torch.ones(3)),
             r"o_proj.weight_scale has shape \(3,\)",
         ),
+        (
+            _set("model.layers.0.self_attn.o_proj.weight_scale", lambda s: torch.tensor(2)),
+            "o_proj.weight_scale is torch.int64; scales must be floating point",
+        ),
+        (
+            lambda tensors: tensors.update({f"{WEIGHT}.weight_scale_inv": torch.tensor(1.0)}),
+            rf"{WEIGHT}.weight_scale(_inv)? and {WEIGHT}.weight_scale(_inv)? are the same tensor",
+        ),
     ],
 )
 def test_files_that_are_not_what_they_say(edit: Edit, message: str, released: Callable[..., Path]) -> None:
@@ -113,9 +121,51 @@ def test_files_that_are_not_what_they_say(edit: Edit, message: str, released: Ca
     ("name", "value"),
     [
         ("model.layers.0.self_attn.o_proj.weight", lambda w: torch.full(w.shape, torch.nan).to(w.dtype)),
-        ("model.layers.0.self_attn.o_proj.weight_scale", lambda s: torch.tensor(torch.inf)),
+        *(
+            ("model.layers.0.self_attn.o_proj.weight_scale", lambda s, value=value: torch.tensor(value))
+            for value in (torch.inf, torch.nan, 0.0, -1.0)
+        ),
+        (
+            "model.layers.0.self_attn.o_proj.weight_scale",
+            lambda s: torch.tensor(255, dtype=torch.uint8).view(torch.float8_e8m0fnu),
+        ),
     ],
 )
-def test_values_that_are_not_finite(name: str, value: Any, released: Callable[..., Path]) -> None:
+def test_values_that_cannot_be_used(name: str, value: Any, released: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match=f"{name}.*only finite"):
         load_model(released(_set(name, value)))
+
+
+def test_an_input_scale_of_zero(released: Callable[..., Path]) -> None:
+    path = released(_ones(".input_scale", value=0.0), activation_scheme="static")
+    with pytest.raises(UserError, match="input_scale.*only finite, positive"):
+        load_model(path)
+
+
+def test_scales_that_are_powers_of_two(released: Callable[..., Path]) -> None:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(".weight_scale")]:
+            tensors[name] = torch.tensor(0.25).to(torch.float8_e8m0fnu)
+
+    scales = load_model(released(edit)).get_parameter("layers.1.ffn.experts.w13_scales")
+    assert scales.dtype == torch.float32 and (scales == 0.25).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (6,), (1, 6), (2, 3, 1)])
+def test_scales_of_blocks_have_one_shape(shape: tuple[int, ...], tmp_path: Path, tiny: Callable[..., Any]) -> None:
+    tiny("Llama", hidden_size=256, intermediate_size=384).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj"
+    tensors |= {
+        f"{name}.weight": tensors[f"{name}.weight"].to(torch.float8_e4m3fn),
+        f"{name}.weight_scale_inv": torch.ones(2, 3),
+    }
+    data = json.loads((tmp_path / "config.json").read_text())
+    data["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    open_checkpoint(tmp_path)
+    tensors[f"{name}.weight_scale_inv"] = torch.ones(shape)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"down_proj\.weight_scale has shape .*config\.json asks for \(2, 3\)"):
+        open_checkpoint(tmp_path)

@@ -182,6 +182,11 @@ def more_layers_than_tensors(path: Path) -> str:
     return "asks for 1000000000000 layers and 0 experts, but the files hold only 21 tensors"
 
 
+def more_layers_than_tensors_in_fp8(path: Path) -> str:
+    edit_json(path / "config.json", num_hidden_layers=10**12, quantization_config={"quant_method": "fp8"})
+    return "asks for 1000000000000 layers and 0 experts, but the files hold only 21 tensors"
+
+
 def heads_of_words(path: Path) -> str:
     edit_json(path / "config.json", num_key_value_heads="two")
     return "num_key_value_heads = two: must be"
@@ -197,7 +202,7 @@ DAMAGES = (
     config_a_directory, weights_cut, weights_header_cut, weights_empty, weights_garbage, weights_an_lfs_pointer,
     tensor_lost, tensor_of_another_shape, pickled_code, bare_pickle, torch_archive_cut, unknown_architecture,
     no_architecture, size_missing, size_of_words, no_positions, number_in_words, heads_of_words,
-    more_layers_than_tensors, already_quantised,
+    more_layers_than_tensors, more_layers_than_tensors_in_fp8, already_quantised,
 )  # fmt: skip
 
 

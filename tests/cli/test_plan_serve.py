@@ -97,6 +97,34 @@ def test_weights_are_as_the_model_is_stored(planned: Planned, model: Callable[..
     assert planned(str(tmp_path), "--gpus", "1xh200")["weights"] == "fp8"
 
 
+def test_what_is_beside_fp8_weights_is_as_the_checkpoint_has_it(
+    planned: Planned, capsys: pytest.CaptureFixture[str], model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A float32 model quantised: embeddings, and what it computes, are float32 in the server too."""
+    from moeforge.checkpoint import open_checkpoint
+    from moeforge.checkpoint.inference import pick_dtype
+    from moeforge.config.serving import EngineConfig
+    from moeforge.serve.kv_cache import bytes_per_block
+    from moeforge.serve.memory import weight_bytes
+
+    source, out = str(model("moe")), tmp_path / "fp8"
+    assert main(["quantize", source, str(out), "--scales", "tensor"]) == 0
+    capsys.readouterr()
+    found = planned(str(out), "--gpus", "1x4090")
+    assert (found["weights"], found["dtype"]) == ("fp8", "fp32")
+    checkpoint = open_checkpoint(out)
+    dtype, layout = pick_dtype("auto", checkpoint), Layout.from_json(json.dumps(found["layout"]))
+    assert found["weight_bytes"] == pytest.approx(weight_bytes(checkpoint.config, layout, 0, dtype), rel=0.02)  # scales
+    groups = [end - begin for begin, end in layout.ranks[0].kv_groups]
+    page = bytes_per_block(checkpoint.config, groups, EngineConfig(), dtype)
+    assert found["ranks"][0]["kv_bytes_per_token"] * found["block_size_tokens"] == page
+    assert planned(source, "--gpus", "1x4090", "--weights", "fp8")["weight_bytes"] == found["weight_bytes"]
+    (out / "model.safetensors").unlink()  # config.json alone tells the same
+    assert planned(str(out), "--gpus", "1x4090")["weight_bytes"] == found["weight_bytes"]
+    assert main(["plan", "serve", str(out), "--gpus", "1x4090"]) == 0
+    assert "fp8 weights, fp32 KV cache" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -58,14 +58,18 @@ def test_a_name_that_nothing_has(name: str) -> None:
 
 def test_what_files_have_scales_for() -> None:
     def scaled(*but: str, suffix: str = ".weight_scale", mlp: bool = False) -> list[str]:
-        every = [module for matrix, names in matrices(MODEL).items() if matrix not in but for module in names]
-        return [spellings(module)[-1 if mlp else 0] + suffix for module in every] + ["model.norm.weight"]
+        found = matrices(MODEL)
+        every = [module for matrix, names in found.items() if matrix not in but for module in names]
+        weights = [f"{module}.weight" for names in found.values() for module in names]
+        return [spellings(module)[-1 if mlp else 0] + suffix for module in every] + weights
 
     assert kept_in_files(MODEL, scaled()) == ()
     for but in (ALL[:1], ALL[4:], ALL):
         for suffix in (".weight_scale", ".weight_scale_inv"):
             assert kept_in_files(MODEL, scaled(*but, suffix=suffix, mlp=True)) == but
     names = [name for name in scaled() if "v_proj" not in name]
+    with pytest.raises(UserError, match="asks for 1000000000000 layers and 4 experts, but the files hold only 42 t"):
+        kept_in_files(dataclasses.replace(MODEL, num_layers=10**12), names)
     with pytest.raises(UserError, match=r"layers\.0\.self_attn\.v_proj is not FP8 but .*q_proj is"):
         kept_in_files(MODEL, names)
 

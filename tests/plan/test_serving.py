@@ -70,7 +70,7 @@ def test_weights_are_those_of_the_parameter_list(name: str, tp: int) -> None:
     model = model_preset(name)
     model = dataclasses.replace(model, num_layers=3, qkv_bias=tp == 3, output_bias=tp == 8)
     made = plan(model, f"{tp}xh200", "bf16", max_model_len=16)
-    stored = storage("bf16", "auto")
+    stored = storage("bf16", "auto", fp8=False)
     routers = len(model.moe_layers) * gate_bytes(model, stored) // 2
     for rank, memory in enumerate(made.memory):
         parts = parameter_parts(model, made.layout, 0, rank, rank).values()
@@ -219,7 +219,7 @@ def test_padding_fills_up_every_dimension() -> None:
     (shard, *others) = padded_shards(SKYWORK, 7)
     assert set(others) == {shard} and shard.kv_groups == (6,) * 52 and shard.columns == (1760,) * 52
     assert shard.vocab_rows == 9362
-    stored = storage("fp8", "auto")
+    stored = storage("bf16", "auto", fp8=True)
     assert weight_bytes(SKYWORK, shard, stored) > max(memory.weight_bytes for memory in plan(gpus="7x4090").memory)
 
 

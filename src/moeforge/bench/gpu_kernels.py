@@ -85,9 +85,11 @@ def decode_experts(layer: Layer, device: torch.device, rows: Sequence[int] = ROW
     fp8_w13, fp8_w2 = (_fp8(device, *shape) for shape in shapes)
     copied = ceilings(device)["copy_gbytes_per_second"]
     result: dict[str, Any] = {"copy_gbytes_per_second": copied}
+    # As `LocalDispatcher` has it where there are no gradients.
+    alignment = 1 if use_triton(w13) else row_alignment(torch.bfloat16)
     for count in rows:
         chosen = routing(layer, count, device)[1]
-        sorted_rows = expert_permutation(chosen, layer.experts, alignment=row_alignment(torch.bfloat16))
+        sorted_rows = expert_permutation(chosen, layer.experts, alignment=alignment)
         x, offsets = random(device, sorted_rows.source_R.numel(), layer.hidden), sorted_rows.offsets_E
         sides = {
             "fp8": partial(fp8_expert_mlp, x, fp8_w13, fp8_w2, offsets),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +16,8 @@ import torch
 
 _ROOT = Path(__file__).resolve().parents[3]
 _FOLDER = Path("tests", "kernels")
-_NO_TESTS = 5
-"""pytest's exit code where a file has none of the kind."""
+_NOT_COLLECTED, _NO_TESTS = 2, 5
+"""pytest's exit codes where a file cannot be imported, and where it has no tests of the kind."""
 
 
 def gpu_tests(device: torch.device) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
@@ -63,6 +64,9 @@ def _run(path: Path, folder: Path, marker: str) -> dict[str, Any]:
     lines = done.stdout.strip().splitlines()
     if done.returncode == _NO_TESTS:
         return {"skipped": f"no {marker} tests"}
+    missing = re.search(r"No module named '(\w+)", done.stdout)
+    if done.returncode == _NOT_COLLECTED and missing and find_spec(missing[1]) is None:
+        return {"skipped": f"{missing[1]} is not installed"}
     if done.returncode:
         return {"error": (done.stdout + done.stderr)[-6000:], "summary": lines[-1] if lines else ""}
     return {"summary": lines[-1]}

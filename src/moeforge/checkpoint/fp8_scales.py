@@ -6,6 +6,7 @@ from torch import Tensor
 
 from moeforge.checkpoint.source import Shape
 from moeforge.config.quantization import Scales
+from moeforge.errors import UserError
 from moeforge.kernels.fp8_weight import BLOCK, GROUP_ROWS
 
 WEIGHT_SCALE, INPUT_SCALE = ".weight_scale", ".input_scale"
@@ -22,6 +23,16 @@ def disk_shape(weight: Shape, scales: Scales) -> Shape:
 def input_shape(scales: Scales) -> Shape:
     """Shape on disk of the scale of a matrix's inputs: as compressed-tensors, or Skywork, has this one number."""
     return (1,) if scales == "channel" else ()
+
+
+def check_scales(name: str, stored: Tensor) -> None:
+    """Raise UserError naming the scales if one is NaN, infinite, 0 or negative."""
+    wide = stored.float()
+    if not (wide.isfinite() & (wide > 0)).all():
+        raise UserError(
+            f"{name}: the checkpoint holds NaN, infinite, zero or negative scales; only finite, positive "
+            "scales can be used"
+        )
 
 
 def row_scales(stored: Tensor, rows: int, scales: Scales) -> Tensor:

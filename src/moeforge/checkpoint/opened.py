@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moeforge.checkpoint.families import canonical_name
-from moeforge.checkpoint.fp8_scales import INPUT_SCALE, WEIGHT_SCALE
+from moeforge.checkpoint.fp8_scales import INPUT_SCALE, WEIGHT_SCALE, check_scales
 from moeforge.checkpoint.names import canonical_shapes
 from moeforge.checkpoint.source import Shape, WeightSource
 from moeforge.checkpoint.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files
@@ -30,7 +29,10 @@ class Checkpoint:
         self.path = path
         self.config = config
         self._source = source
-        self._on_disk = {canonical: disk for disk in source.names if (canonical := canonical_name(disk))}
+        self._on_disk: dict[str, str] = {}
+        for disk in source.names:
+            if (canonical := canonical_name(disk)) and (other := self._on_disk.setdefault(canonical, disk)) != disk:
+                raise UserError(f"{path}: {other} and {disk} are the same tensor by two names; must be there once")
         if config.tie_embeddings:
             self._on_disk.pop("lm_head.weight", None)
         if config.quantization is not None and config.quantization.activations != "static":
@@ -50,7 +52,8 @@ class Checkpoint:
             )
 
     def _check(self) -> None:
-        expected = self._shapes
+        expected, quantization = self._shapes, self.config.quantization
+        blocks = quantization is not None and quantization.scales == "block128"
         for what, names in (
             ("missing", [name for name in expected if name not in self._on_disk]),
             ("not part of this model", [name for name in self._on_disk if name not in expected]),
@@ -61,10 +64,12 @@ class Checkpoint:
                 raise UserError(f"{self.path}: {len(names)} tensors {what}: {shown}{hint}")
         for name, shape in expected.items():
             stored = self._source.shape(self._on_disk[name])
-            # One number is a scale of a tensor however it is shaped, N numbers are those of N rows.
             is_scale = name.endswith((WEIGHT_SCALE, INPUT_SCALE))
-            if stored != shape and not (is_scale and math.prod(stored) == math.prod(shape) and len(stored) < 3):
+            # One number is a scale of a tensor however it is shaped, N numbers are those of N rows.
+            if stored != shape and not (is_scale and not blocks and _not_one(stored) == _not_one(shape)):
                 raise UserError(f"{self.path}: {name} has shape {stored}; config.json asks for {shape}")
+            if is_scale and not self.dtype(name).is_floating_point:
+                raise UserError(f"{self.path}: {name} is {self.dtype(name)}; scales must be floating point")
             wanted = name.removesuffix(".weight") + WEIGHT_SCALE in expected
             if (self.dtype(name) == torch.float8_e4m3fn) != wanted:
                 what = "float8_e4m3fn, as it has a scale" if wanted else "another, as it has no scale"
@@ -79,8 +84,14 @@ class Checkpoint:
         return self._source.dtype(self._on_disk[name])
 
     def tensor(self, name: str) -> Tensor:
-        """The weight as stored (GGUF: dequantised to float32), on the CPU; a read-only memory map."""
-        return self._source.tensor(self._on_disk[name]).reshape(self._shapes[name])
+        """The weight as stored (GGUF: dequantised to float32), on the CPU; a read-only memory map.
+
+        Raises UserError for scales that are not finite and positive.
+        """
+        stored = self._source.tensor(self._on_disk[name]).reshape(self._shapes[name])
+        if name.endswith((WEIGHT_SCALE, INPUT_SCALE)):
+            check_scales(f"{self.path}: {name}", stored)
+        return stored
 
     @property
     def tokenizer_files(self) -> list[Path]:
@@ -110,6 +121,10 @@ class Checkpoint:
             save_tokenizer(self.tokenizer(), Path(directory))
         for file in self.tokenizer_files:
             shutil.copyfile(file, Path(directory) / file.name)
+
+
+def _not_one(shape: Shape) -> Shape:
+    return tuple(size for size in shape if size != 1)
 
 
 def check_tokenizer(tokenizer: Any, checkpoint: Checkpoint) -> None:

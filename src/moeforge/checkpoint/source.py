@@ -52,6 +52,8 @@ def check_finite(name: str, tensor: Tensor) -> None:
         if (tensor.view(torch.uint8) & 0x7F == 0x7F).any():
             raise UserError(f"{name}: the checkpoint holds NaN weights; only finite weights can be used")
         return
+    if tensor.element_size() == 1:  # torch has no aminmax of the other 8-bit floats
+        tensor = tensor.float()
     low, high = tensor.aminmax()  # passes NaN on, and unlike isfinite takes no memory
     if not (torch.isfinite(low) and torch.isfinite(high)):
         kind = "NaN" if low.isnan() else "infinite"

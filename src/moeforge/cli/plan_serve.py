@@ -12,7 +12,7 @@ from moeforge.cli.output import Json, emit
 from moeforge.errors import UserError
 
 if TYPE_CHECKING:
-    from moeforge.plan.serving_memory import WeightFormat
+    from moeforge.plan.serving_memory import Dtype, WeightFormat
 
 
 def serve(
@@ -67,8 +67,9 @@ def serve(
         gpu_memory_utilization=gpu_memory_utilization,
     )
     config = model_config(model)
-    held = _stored(model) if weights == "auto" else weights
-    plan = plan_serving(ServingRequest(config, cards, held, engine, context))
+    stored, dtype = _stored(model)
+    held = stored if weights == "auto" else weights
+    plan = plan_serving(ServingRequest(config, cards, held, engine, context, dtype))
     if out is not None:
         plan.layout.write(out)
     result = {
@@ -88,26 +89,26 @@ def serve(
     emit(result, json, human)
 
 
-def _stored(model: str) -> WeightFormat:
-    """How the model is stored, as far as that can be served: presets in bf16, like the models that they are of."""
+def _stored(model: str) -> tuple[WeightFormat, Dtype]:
+    """How the model is stored, as far as that can be served, and what it computes in: presets in bf16, like the models
+    that they are of."""
     from moeforge.config.presets import PRESETS
     from moeforge.config.section import expanded
 
     path = expanded(model)
     if model in PRESETS and not path.exists():
-        return "bf16"
+        return "bf16", "bf16"
     if path.is_dir() and not any(list(path.glob(pattern)) for pattern in ("*.safetensors*", "*.bin*", "*.gguf")):
         data = json_format.loads((path / "config.json").read_text(encoding="utf-8"))
-        if data.get("quantization_config"):
-            return "fp8"
+        quantized = bool(data.get("quantization_config"))
         name = str(data.get("dtype") or data.get("torch_dtype"))
     else:
         from moeforge.checkpoint import open_checkpoint
         from moeforge.checkpoint.inference import pick_dtype
 
         checkpoint = open_checkpoint(model)
-        if checkpoint.config.quantization is not None:
-            return "fp8"
+        quantized = checkpoint.config.quantization is not None
         name = str(pick_dtype("auto", checkpoint)).removeprefix("torch.")
-    held: dict[str, WeightFormat] = {"float32": "fp32", "float64": "fp64"}
-    return held.get(name, "bf16")
+    dtypes: dict[str, Dtype] = {"float32": "fp32", "float64": "fp64"}
+    dtype = dtypes.get(name, "bf16")
+    return "fp8" if quantized else dtype, dtype

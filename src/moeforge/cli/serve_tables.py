@@ -28,7 +28,7 @@ def serving_report(result: dict[str, Any]) -> Group:
 
 
 def _facts(result: dict[str, Any]) -> str:
-    kv = "fp8" if result["kv_cache_dtype"] == "fp8" else {"fp8": "bf16"}.get(result["weights"], result["weights"])
+    kv = "fp8" if result["kv_cache_dtype"] == "fp8" else result["dtype"]
     return (
         "{model} on {gpus}: {weights} weights, {kv} KV cache, sequences of at most {max_model_len:,} tokens\n"
         "{params_total:,} parameters ({params_active:,} active), {gb:,.1f} GB of weights on all GPUs together"

@@ -51,7 +51,7 @@ def quantization_from_hf(data: Any, model: ModelConfig, names: Collection[str]) 
             f'{_KEY}.quant_method = "{method}" is not supported here; only fp8, compressed-tensors of format '
             "float-quantized, and unquantised checkpoints are"
         )
-    if not isinstance(ignored, Collection) or not all(isinstance(name, str) for name in ignored):
+    if not isinstance(ignored, (list, tuple)) or not all(isinstance(name, str) for name in ignored):
         raise UserError(f"{_KEY}: modules that are not quantised = {ignored!r}: must be a list of names")
     kept = kept_in_files(model, names) if names else kept_in_list(model, ignored)
     return QuantizationConfig(scales, activations, kept)
@@ -101,7 +101,7 @@ def _from_fp8(data: dict[str, Any], names: Collection[str]) -> tuple[Scales, Act
 
 def _from_compressed(data: dict[str, Any]) -> tuple[Scales, Activations]:
     _require(data, "format", ("float-quantized",), "unknown")
-    for key in ("kv_cache_scheme", "sparsity_config"):
+    for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
         if data.get(key):
             raise UserError(f"{_KEY}.{key} = {data[key]}: must be absent")
     groups = data.get("config_groups")
@@ -110,18 +110,27 @@ def _from_compressed(data: dict[str, Any]) -> tuple[Scales, Activations]:
     if not isinstance(group, dict) or not isinstance(weights, dict):
         raise UserError(f"{_KEY}.config_groups = {groups}: must be one group with weights")
     kinds: dict[Any, Scales] = {"tensor": "tensor", "channel": "channel", "block": "block128"}
-    scales = kinds.get(weights.get("strategy"))
-    blocks = weights.get("block_structure")
-    if scales is None or (weights.get("num_bits"), weights.get("type")) != (8, "float") or blocks not in (None, _BLOCK):
+    strategy, blocks = weights.get("strategy"), weights.get("block_structure")
+    scales = kinds.get(strategy) if isinstance(strategy, str) else None
+    if scales is None or not _symmetric_fp8(weights) or blocks not in (None, _BLOCK):
         raise UserError(
-            f"{_KEY}.weights = {weights}: must be 8-bit floats with strategy tensor, channel, or block of {_BLOCK}"
+            f"{_KEY}.weights = {weights}: must be symmetric 8-bit floats with strategy tensor, channel, or block of "
+            f"{_BLOCK}"
         )
+    if group.get("output_activations"):
+        raise UserError(f"{_KEY}.output_activations = {group['output_activations']}: must be null")
     inputs = group.get("input_activations")
     if inputs is None:
         return scales, "none"
-    if not isinstance(inputs, dict) or (inputs.get("num_bits"), inputs.get("type")) != (8, "float"):
-        raise UserError(f"{_KEY}.input_activations = {inputs}: must be null or 8-bit floats")
+    if not isinstance(inputs, dict) or not _symmetric_fp8(inputs) or inputs.get("dynamic", False) not in (True, False):
+        raise UserError(
+            f"{_KEY}.input_activations = {inputs}: must be null or symmetric 8-bit floats with dynamic true or false"
+        )
     return scales, ("dynamic" if inputs.get("dynamic") else "static")
+
+
+def _symmetric_fp8(kind: dict[str, Any]) -> bool:
+    return (kind.get("num_bits"), kind.get("type"), kind.get("symmetric", True)) == (8, "float", True)
 
 
 def _require(data: dict[str, Any], key: str, allowed: tuple[Any, ...], default: Any) -> None:

@@ -95,8 +95,13 @@ def kept_by_user(model: _Model, names: Iterable[str]) -> tuple[str, ...]:
 def kept_in_files(model: _Model, names: Collection[str]) -> tuple[str, ...]:
     """The matrices for which a checkpoint with tensors of these names has no scales.
 
-    Raises UserError where only some modules of a matrix have some.
+    Raises UserError where only some modules of a matrix have some, or the model must have more tensors.
     """
+    layers, experts = model.num_layers, model.moe.num_experts if model.moe else 0
+    if max(layers, experts) > len(names):  # before `matrices` makes so many names
+        raise UserError(
+            f"config.json asks for {layers} layers and {experts} experts, but the files hold only {len(names)} tensors"
+        )
     scaled = {name.rpartition(".")[0] for name in names if name.endswith((".weight_scale", ".weight_scale_inv"))}
     return _unlike(matrices(model), lambda module: not scaled.isdisjoint(spellings(module)))
 

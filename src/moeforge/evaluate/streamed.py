@@ -12,6 +12,9 @@ from moeforge.data import Batch
 from moeforge.evaluate.loss import EvalResult
 from moeforge.model import DenseAttention, ForwardContext
 
+_HIDDEN_BYTES = 1 << 30
+"""Of hidden states that are held at once; longer texts take several walks through the weights."""
+
 
 @torch.inference_mode()
 def streamed_loss(
@@ -21,25 +24,40 @@ def streamed_loss(
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvalResult:
-    """`held_out_loss` with one unit in memory, and the hidden states of all batches.
+    """`held_out_loss` with one unit in memory, and hidden states of at most 1 GiB, or of one batch.
 
-    `progress` is called with (units done, units in all). Raises UserError for weights that are NaN or infinite, and
-    where there is no target.
+    `progress` is called with (units done, units in all), over all walks. Raises UserError for weights that are
+    NaN or infinite, and where there is no target.
     """
-    model, passages, targets = empty_model(checkpoint), [], []
-    for batch in batches:
-        sequences, positions = batch.tokens.shape
-        context = ForwardContext(DenseAttention(sequences, positions, batch.documents))
-        batch = batch.to(device)
-        passages.append(Passage(model, batch.tokens.flatten(), batch.positions.flatten(), context, dtype))
-        targets.append(batch.targets.flatten())
-    for done, (_, unit) in enumerate(loaded_units(model, checkpoint, dtype, device), 1):
-        for passage in passages:
-            passage.through(unit)
-        if progress is not None:
-            progress(done, len(model.names))
+    groups = _groups(batches, _HIDDEN_BYTES // (checkpoint.config.hidden_size * dtype.itemsize))
     total, tokens = 0.0, 0
-    for passage, targets_T in zip(passages, targets, strict=True):
-        total += model.loss(passage.hidden_TD, targets_T, passage.context).item()
-        tokens += int((targets_T >= 0).sum())
+    for walk, group in enumerate(groups):
+        model, passages = empty_model(checkpoint), []
+        for batch in group:
+            sequences, positions = batch.tokens.shape
+            context = ForwardContext(DenseAttention(sequences, positions, batch.documents))
+            there = batch.to(device)
+            passages.append(Passage(model, there.tokens.flatten(), there.positions.flatten(), context, dtype))
+        units = len(model.names)
+        for done, (_, unit) in enumerate(loaded_units(model, checkpoint, dtype, device), walk * units + 1):
+            for passage in passages:
+                passage.through(unit)
+            if progress is not None:
+                progress(done, len(groups) * units)
+        for passage, batch in zip(passages, group, strict=True):
+            total += model.loss(passage.hidden_TD, batch.targets.flatten().to(device), passage.context).item()
+            tokens += int((batch.targets >= 0).sum())
     return EvalResult.of(total, tokens)
+
+
+def _groups(batches: Iterable[Batch], tokens: int) -> list[list[Batch]]:
+    """Batches in order, so many that they have at most `tokens`, or one."""
+    groups: list[list[Batch]] = []
+    left = 0
+    for batch in batches:
+        if not groups or batch.tokens.numel() > left:
+            groups.append([])
+            left = tokens
+        groups[-1].append(batch)
+        left -= batch.tokens.numel()
+    return groups

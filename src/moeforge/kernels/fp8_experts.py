@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moeforge.kernels.backend import use_triton
-from moeforge.kernels.experts import expert_mlp
-from moeforge.kernels.fp8_weight import Activations, Fp8Weight, dequantize, fp8_expert_mlp_reference
+from moeforge.kernels.fp8_weight import Activations, Fp8Weight, fp8_expert_mlp_reference
 from moeforge.kernels.grouped import grouped_matmul
 from moeforge.kernels.swiglu import swiglu
 
@@ -19,10 +18,9 @@ def fp8_expert_mlp(
     activations: Activations = "none",
     input_scales: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
-    """As `fp8_expert_mlp_reference`: by Triton where it runs, else in x's dtype over dequantised weights."""
+    """As `fp8_expert_mlp_reference`: by Triton where it runs, else in x's dtype, one dequantised expert at a
+    time."""
     if use_triton(x_RD):
         h = swiglu(grouped_matmul(x_RD, w13, offsets_E, activations, input_scales[0]))
         return grouped_matmul(h, w2, offsets_E, activations, input_scales[1])
-    if activations == "none":
-        return expert_mlp(x_RD, dequantize(w13, x_RD.dtype), dequantize(w2, x_RD.dtype), offsets_E)
     return fp8_expert_mlp_reference(x_RD, w13, w2, offsets_E, activations, input_scales, x_RD.dtype)

@@ -12,6 +12,7 @@ from moeforge.config.serving import EngineConfig
 from moeforge.errors import UserError
 from moeforge.layout import Layout, serving_layout
 from moeforge.plan.serving_memory import (
+    Dtype,
     Storage,
     WeightFormat,
     kv_token_bytes,
@@ -27,18 +28,25 @@ from moeforge.plan.serving_time import Decoder, StepTime, attention_efficiency
 @dataclass(frozen=True)
 class ServingRequest:
     """What is to be served on which GPUs, one a rank. Of `engine` the sizes count; `context`: live tokens of each
-    sequence for which step times are given (None: 256, or the longest allowed)."""
+    sequence for which step times are given (None: 256, or the longest allowed). `beside_fp8`: what all but the matrices
+    of fp8 weights is held and computed in."""
 
     model: ModelConfig
     gpus: tuple[HardwareProfile, ...]
     weights: WeightFormat
     engine: EngineConfig
     context: int | None = None
+    beside_fp8: Dtype = "bf16"
+
+    @property
+    def dtype(self) -> Dtype:
+        """What the model computes in."""
+        return self.beside_fp8 if self.weights == "fp8" else self.weights
 
     @property
     def stored(self) -> Storage:
         """Bytes of elements."""
-        return storage(self.weights, self.engine.kv_cache_dtype)
+        return storage(self.dtype, self.engine.kv_cache_dtype, self.weights == "fp8")
 
     @property
     def max_model_len(self) -> int:

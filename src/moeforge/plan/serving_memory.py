@@ -10,7 +10,8 @@ from moeforge.config.model import ModelConfig
 from moeforge.config.serving import KVDtype
 from moeforge.plan.serving_shards import ServingShard
 
-WeightFormat = Literal["fp8", "bf16", "fp32", "fp64"]
+Dtype = Literal["bf16", "fp32", "fp64"]
+WeightFormat = Literal["fp8", Dtype]
 
 RESERVED_BYTES = 1_000_000_000
 """Of a GPU's memory, for its context, activations, logits and workspaces."""
@@ -29,11 +30,12 @@ class Storage:
     scale: int
 
 
-def storage(weights: WeightFormat, kv_cache_dtype: KVDtype) -> Storage:
-    """fp8 weights are as Skywork-MoE's released ones: e4m3 with one float32 scale a matrix, the rest in bf16."""
-    other = {"fp8": 2, "bf16": 2, "fp32": 4, "fp64": 8}[weights]
+def storage(dtype: Dtype, kv_cache_dtype: KVDtype, fp8: bool) -> Storage:
+    """Of a model that computes in `dtype` and holds its weights in it; `fp8`: matrices as Skywork-MoE's released ones,
+    e4m3 with one float32 scale each."""
+    other = {"bf16": 2, "fp32": 4, "fp64": 8}[dtype]
     kv = 1 if kv_cache_dtype == "fp8" else other
-    return Storage(1, other, kv, _SCALE) if weights == "fp8" else Storage(other, other, kv, 0)
+    return Storage(1, other, kv, _SCALE) if fp8 else Storage(other, other, kv, 0)
 
 
 def usable_bytes(gpu: HardwareProfile, utilization: float) -> int:

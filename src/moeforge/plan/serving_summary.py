@@ -18,6 +18,7 @@ def figures(plan: ServingPlan) -> dict[str, Any]:
     link, step = shared_link(request.gpus), plan.step(batch)
     return {
         "weights": request.weights,
+        "dtype": request.dtype,
         "kv_cache_dtype": request.engine.kv_cache_dtype,
         "max_model_len": request.max_model_len,
         "max_num_seqs": request.engine.max_num_seqs,

@@ -37,12 +37,26 @@ def test_measured_configurations_come_before_defaults(cache_home: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"w8a8": {"16": {"block": 1}}}', '{"w8a8": {"few": {}}}'])
-def test_a_spoilt_table_is_named(text: str, cache_home: Path) -> None:
+def test_a_spoilt_table_is_named_and_ignored(text: str, cache_home: Path) -> None:
     path = configs.table_path("cpu")
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    with pytest.raises(ValueError, match=rf"{path}: no table of kernel configurations .*delete it"):
-        config("w8a8", 16, CPU)
+    with pytest.warns(UserWarning, match=rf"{path}: ignored: no table of kernel configurations .*delete it"):
+        assert config("w8a8", 16, CPU) == default_config("w8a8", 16)
+
+
+def test_a_table_that_cannot_be_read_is_none(cache_home: Path) -> None:
+    configs.table_path("cpu").mkdir(parents=True)
+    assert config("w8a8", 16, CPU) == default_config("w8a8", 16)
+
+
+def test_without_a_home_directory_there_is_no_table(cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    assert config("w8a8", 16, CPU) == default_config("w8a8", 16)
 
 
 def test_files_are_named_after_devices() -> None:

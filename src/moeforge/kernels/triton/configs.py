@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -68,13 +69,21 @@ def _file_name(device_name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in device_name.lower()) + ".json"
 
 
+def _packaged(device_name: str) -> Path:
+    return Path(__file__).parent / "measured" / _file_name(device_name)
+
+
 @cache
 def _table(device_name: str) -> dict[str, dict[int, Config]]:
-    for path in (table_path(device_name), Path(__file__).parent / "measured" / _file_name(device_name)):
-        if path.exists():
-            try:
-                table = json.loads(path.read_text())
-                return {k: {int(rows): Config(**c) for rows, c in v.items()} for k, v in table.items()}
-            except (ValueError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}: no table of kernel configurations ({error}); delete it") from error
+    for place in (table_path, _packaged):
+        try:
+            path = place(device_name)
+            text = path.read_bytes()
+        except (RuntimeError, OSError):  # no home directory; no such file, or none that may be read
+            continue
+        try:
+            table = json.loads(text)
+            return {k: {int(rows): Config(**c) for rows, c in v.items()} for k, v in table.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            warnings.warn(f"{path}: ignored: no table of kernel configurations ({error}); delete it", stacklevel=2)
     return {}

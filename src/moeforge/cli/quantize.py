@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moeforge.evaluate import EvalResult
 
 REPORT = "quantization_report.json"
-_CALIBRATION_TOKENS = 8192
+_CALIBRATION_TOKENS = 16_384
 _WORST = 10
 
 

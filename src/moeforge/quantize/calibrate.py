@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ def observe(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Observed]:
+) -> Generator[Observed, None, None]:
     """The inputs of every matrix, unit by unit in the order of the model, of which one is in memory at a time.
 
     `progress` is called with (units done, units in all). Raises UserError for weights, RunError for activations, that

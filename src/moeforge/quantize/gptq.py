@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moeforge.kernels.fp8 import E4M3, to_e4m3
 
-_DAMPING = 0.01
+_DAMPING = 0.01  # at least, as a share of the mean of H's diagonal
 _COLUMNS = 128  # errors of earlier ones are fed back by one product, those of the last ones column by column
 
 
@@ -50,8 +50,9 @@ def _feedback(inputs_RK: Tensor) -> tuple[Tensor, Tensor]:
     hessian_KK = inputs_RK.T @ inputs_RK
     order = hessian_KK.diagonal().argsort(descending=True)
     backwards = hessian_KK[order.flip(0)][:, order.flip(0)]
-    # Fewer inputs than columns know little of how columns go together: more damping, less feedback.
-    damping = _DAMPING * max(1.0, columns / max(count, 1)) * (hessian_KK.diagonal().mean().item() or 1.0)
+    # The fewer the inputs, the less they know of how columns go together, and the smaller the feedback must be. Of 0.1,
+    # 0.3, 1 and 3 times K / R, this share makes errors smallest on text that was not calibrated on (SmolLM2).
+    damping = max(_DAMPING, columns / max(count, 1)) * (hessian_KK.diagonal().mean().item() or 1.0)
     while True:
         damped = backwards + damping * torch.eye(columns, device=backwards.device)
         lower, failed = torch.linalg.cholesky_ex(damped)

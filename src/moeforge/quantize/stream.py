@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def quantize(
     inputs: Mapping[str, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
-    observed: Iterator[Observed] | None = None,
+    observed: Generator[Observed, None, None] | None = None,
 ) -> QuantizeResult:
     """Writes `source` with FP8 weights as the model directory `out`, which appears when it is complete.
 
@@ -104,6 +104,9 @@ def quantize(
     except BaseException:  # nothing is gone on with
         shutil.rmtree(writer.partial, ignore_errors=True)
         raise
+    finally:
+        if observed is not None:
+            observed.close()  # and with it the unit in memory
     before = source.path.stat().st_size if from_gguf else 0
     before = before or sum(_bytes(source.shape(name), source.dtype(name)) for name in source.names)
     return QuantizeResult(out, config, before, sum(sizes.values()), errors, time.monotonic() - begin)

@@ -188,14 +188,14 @@ def _generate(final: Path) -> dict[str, Any]:
 
 
 def _quantize(final: Path, out: Path, console: Console) -> QuantizeResult:
-    """The mixture with e4m3 weights, a scale for each channel: SmolLM2's 576 columns are no whole blocks of 128."""
+    """The mixture with e4m3 weights."""
     from moeforge.checkpoint import open_checkpoint
     from moeforge.config.quantization import QuantizationConfig, kept_by_user
     from moeforge.quantize import quantize
 
     source = open_checkpoint(final)
     with console.status(f"{final}: one weight at a time into FP8"):
-        made = quantize(source, out, QuantizationConfig("channel", "none", kept_by_user(source.config, ())))
+        made = quantize(source, out, QuantizationConfig("block128", "none", kept_by_user(source.config, ())))
     console.print(f"{made.bytes_before / 1e6:,.0f} MB of weights are now {made.bytes_after / 1e6:,.0f} MB")
     return made
 

@@ -125,6 +125,17 @@ def test_experts(tokens: int, fp8: bool, top_k: int) -> None:
     assert ((y.double() - expected).abs() <= 2**-8 * (expected.abs() + size)).all()
 
 
+def test_more_tokens_than_are_computed_at_once() -> None:
+    w13, w2 = torch.randn(3, 32, 16).bfloat16() / 4, torch.randn(3, 16, 16).bfloat16() / 4
+    experts = NativeExperts([NativeWeight(w, gated=True) for w in w13], [NativeWeight(w) for w in w2])
+    x_TD = torch.randn(5000, 16).bfloat16()
+    weights_TK, experts_TK = torch.rand(5000, 3).topk(2, dim=1)
+    together = experts.routed(x_TD, weights_TK, experts_TK)
+    for begin, end in ((0, 7), (4090, 4100), (4999, 5000)):
+        alone = experts.routed(x_TD[begin:end], weights_TK[begin:end], experts_TK[begin:end])
+        assert torch.equal(alone, together[begin:end])
+
+
 def test_one_expert_takes_all() -> None:
     w13, w2 = torch.randn(3, 32, 16).bfloat16(), torch.randn(3, 16, 16).bfloat16()
     experts = NativeExperts([NativeWeight(w, gated=True) for w in w13], [NativeWeight(w) for w in w2])

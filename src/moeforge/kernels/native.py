@@ -24,8 +24,6 @@ PANEL = 16
 """Outputs that are computed together."""
 BLOCK = 128
 """Inputs that share a scale."""
-_TOKENS = 4096
-"""Of which experts keep what is between their two maps."""
 _int, _long, _float, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
@@ -186,13 +184,8 @@ class NativeExperts:
     def routed(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
         """Sum over k of weights_TK times the output of expert experts_TK (int64): [T, D]."""
         assert x_TD.dtype == torch.bfloat16 and experts_TK.dtype == torch.int64
-        out = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
-        pieces = (x.contiguous().split(_TOKENS) for x in (x_TD, weights_TK.float(), experts_TK, out))
-        for x, weights, experts, y in zip(*pieces, strict=True):
-            self._routed(x, weights, experts, y)
-        return out
-
-    def _routed(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, out: Tensor) -> None:
+        x_TD, weights_TK, experts_TK = x_TD.contiguous(), weights_TK.float().contiguous(), experts_TK.contiguous()
+        out = torch.empty_like(x_TD)
         tokens, top_k = experts_TK.shape
         _library().moeforge_experts(
             ctypes.addressof(self._w13),
@@ -206,6 +199,7 @@ class NativeExperts:
             out.data_ptr(),
             torch.get_num_threads(),
         )
+        return out
 
 
 def choose_experts(

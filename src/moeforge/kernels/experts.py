@@ -7,7 +7,7 @@ So each half is a node of its own, and the one they meet in (`_Join`) is where t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from moeforge.kernels.fp8_training import fp8_grouped_input_grad, fp8_grouped_matmul
 from moeforge.kernels.grouped import grouped_input_grad, grouped_matmul, grouped_weight_grad
+from moeforge.kernels.permute import expert_rows
 from moeforge.kernels.swiglu import swiglu, swiglu_backward, swiglu_forward
 
 GroupedMatmul = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -27,7 +28,7 @@ def expert_mlp_reference(x_RD: Tensor, w13: Tensor, w2: Tensor, offsets_E: Tenso
     """The plain loop over experts that `expert_mlp` must agree with; any dtype, autograd by torch."""
     outputs = [
         F.linear(swiglu(F.linear(x_RD[rows], up)), down)
-        for (_, rows), up, down in zip(_rows_of_experts(offsets_E), w13.unbind(), w2.unbind(), strict=True)
+        for rows, up, down in zip(expert_rows(offsets_E), w13.unbind(), w2.unbind(), strict=True)
     ]
     return torch.cat(outputs)
 
@@ -183,14 +184,14 @@ class _ByExpert:
 
     def forward(self, x: Tensor, w13: Tensor, w2: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         y, h = torch.empty_like(x), x.new_empty(x.shape[0], w13.shape[1])
-        for e, rows in _rows_of_experts(offsets):
+        for e, rows in enumerate(expert_rows(offsets)):
             torch.mm(x[rows], w13[e].t(), out=h[rows])
             torch.mm(swiglu_forward(h[rows]), w2[e].t(), out=y[rows])
         return y, h
 
     def input_half(self, grad: Tensor, h: Tensor, w13: Tensor, w2: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         grad_x, grad_h = grad.new_empty(grad.shape), torch.empty_like(h)
-        for e, rows in _rows_of_experts(offsets):
+        for e, rows in enumerate(expert_rows(offsets)):
             grad_h[rows] = swiglu_backward(h[rows], grad[rows] @ w2[e])[1]
             torch.mm(grad_h[rows], w13[e], out=grad_x[rows])
         return grad_x, grad_h
@@ -198,7 +199,7 @@ class _ByExpert:
     def weight_half(self, grad: Tensor, grad_h: Tensor, x: Tensor, h: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         experts, f2, d = len(offsets), h.shape[1], x.shape[1]
         grad_w13, grad_w2 = x.new_empty(experts, f2, d), x.new_empty(experts, d, f2 // 2)
-        for e, rows in _rows_of_experts(offsets):
+        for e, rows in enumerate(expert_rows(offsets)):
             torch.mm(grad[rows].t(), swiglu_forward(h[rows]), out=grad_w2[e])
             torch.mm(grad_h[rows].t(), x[rows], out=grad_w13[e])
         return grad_w13, grad_w2
@@ -207,7 +208,7 @@ class _ByExpert:
         self, grad: Tensor, x: Tensor, h: Tensor, w13: Tensor, w2: Tensor, offsets: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad_x, grad_w13, grad_w2 = torch.empty_like(x), torch.empty_like(w13), torch.empty_like(w2)
-        for e, rows in _rows_of_experts(offsets):
+        for e, rows in enumerate(expert_rows(offsets)):
             activation, grad_h = swiglu_backward(h[rows], grad[rows] @ w2[e])
             torch.mm(grad[rows].t(), activation, out=grad_w2[e])
             torch.mm(grad_h.t(), x[rows], out=grad_w13[e])
@@ -222,11 +223,3 @@ def _passes(x: Tensor, fp8: bool) -> _Passes:
     if fp8:
         return _FP8
     return _BY_EXPERT if x.device.type == "cpu" else _GROUPED
-
-
-def _rows_of_experts(offsets_E: Tensor) -> Iterator[tuple[int, slice]]:
-    """Each expert and its rows; reads the offsets on the host."""
-    begin = 0
-    for expert, end in enumerate(offsets_E.tolist()):
-        yield expert, slice(begin, end)
-        begin = end

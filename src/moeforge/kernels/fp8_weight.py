@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeforge.kernels.fp8 import E4M3_MAX, from_e4m3, to_e4m3
+from moeforge.kernels.permute import expert_rows
 from moeforge.kernels.swiglu import swiglu
 
 GROUP_ROWS = 16
@@ -107,10 +108,8 @@ def fp8_expert_mlp_reference(
 
     `input_scales`: of the inputs of w13 and of w2, for static activations. `dtype` as in `fp8_linear_reference`.
     """
-    ends = offsets_E.tolist()
-    sizes = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
     outputs = [x_RD[:0]]  # there may be no experts
-    for x, up, down in zip(x_RD.split(sizes), w13.unbind(), w2.unbind(), strict=True):
-        h = swiglu(fp8_linear_reference(x, up, activations, input_scales[0], dtype))
+    for rows, up, down in zip(expert_rows(offsets_E), w13.unbind(), w2.unbind(), strict=True):
+        h = swiglu(fp8_linear_reference(x_RD[rows], up, activations, input_scales[0], dtype))
         outputs.append(fp8_linear_reference(h, down, activations, input_scales[1], dtype))
     return torch.cat(outputs)

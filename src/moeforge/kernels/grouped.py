@@ -7,7 +7,7 @@ but leaves the weight gradient of an expert without rows undefined (pytorch/pyto
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moeforge.kernels.backend import use_triton
 from moeforge.kernels.fp8_weight import Activations, Fp8Weight, fp8_linear_reference
+from moeforge.kernels.permute import expert_rows
 
 
 def grouped_matmul(
@@ -70,14 +71,13 @@ def grouped_matmul_reference(
 ) -> Tensor:
     """What `grouped_matmul` must agree with: a loop over experts, in any dtype. Rows past the last offset are zero."""
     columns = (weight_ENK.values if isinstance(weight_ENK, Fp8Weight) else weight_ENK).shape[1]
-    y, end = x_RK.new_empty(x_RK.shape[0], columns), 0
+    y = x_RK.new_zeros(x_RK.shape[0], columns)
     matrices: Iterable[Tensor | Fp8Weight] = weight_ENK.unbind()
-    for matrix, (begin, end) in zip(matrices, _ranges(offsets_E), strict=True):
+    for matrix, rows in zip(matrices, expert_rows(offsets_E), strict=True):
         if isinstance(matrix, Fp8Weight):
-            y[begin:end] = fp8_linear_reference(x_RK[begin:end], matrix, activations, input_scale)
+            y[rows] = fp8_linear_reference(x_RK[rows], matrix, activations, input_scale)
         else:
-            torch.mm(x_RK[begin:end], matrix.t(), out=y[begin:end])
-    y[end:] = 0
+            torch.mm(x_RK[rows], matrix.t(), out=y[rows])
     return y
 
 
@@ -89,14 +89,9 @@ def grouped_input_grad_reference(grad_RN: Tensor, weight_ENK: Tensor, offsets_E:
 def grouped_weight_grad_reference(grad_RN: Tensor, x_RK: Tensor, offsets_E: Tensor) -> Tensor:
     """What `grouped_weight_grad` must agree with."""
     out = x_RK.new_empty(offsets_E.shape[0], grad_RN.shape[1], x_RK.shape[1])
-    for matrix, (begin, end) in zip(out, _ranges(offsets_E), strict=True):
-        torch.mm(grad_RN[begin:end].t(), x_RK[begin:end], out=matrix)
+    for matrix, rows in zip(out, expert_rows(offsets_E), strict=True):
+        torch.mm(grad_RN[rows].t(), x_RK[rows], out=matrix)
     return out
-
-
-def _ranges(offsets_E: Tensor) -> Iterator[tuple[int, int]]:
-    ends = offsets_E.tolist()
-    return zip([0, *ends], ends, strict=False)
 
 
 def _cutlass(*operands: Tensor) -> bool:

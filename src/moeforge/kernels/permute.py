@@ -34,6 +34,12 @@ class Permutation(NamedTuple):
     offsets_E: Tensor
 
 
+def expert_rows(offsets_E: Tensor) -> list[slice]:
+    """The rows of each expert in an expert-sorted buffer; reads the end rows offsets_E [E] on the host."""
+    ends = offsets_E.tolist()
+    return [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+
+
 def expert_permutation(
     experts_TK: Tensor, num_experts: int, kept_TK: Tensor | None = None, alignment: int = _ALIGNMENT_16_BIT
 ) -> Permutation:

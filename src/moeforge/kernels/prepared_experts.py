@@ -10,7 +10,7 @@ from torch import Tensor
 from moeforge.kernels.fp8_weight import Fp8Weight
 from moeforge.kernels.linear import TILE_ROWS, PreparedWeight, can_panel, panels
 from moeforge.kernels.native import PANEL, NativeExperts
-from moeforge.kernels.permute import combine, expert_permutation, gather
+from moeforge.kernels.permute import combine, expert_permutation, expert_rows, gather
 from moeforge.kernels.swiglu import swiglu_forward, swiglu_invariant
 
 
@@ -50,12 +50,11 @@ class PreparedExperts:
             return self._native.routed(x_TD, weights_TK, experts_TK)
         permutation = expert_permutation(experts_TK, self.num_experts, alignment=self._alignment(experts_TK.numel()))
         x_RD = gather(x_TD, permutation)
-        y_RD, begin = torch.empty_like(x_RD), 0
+        y_RD = torch.empty_like(x_RD)
         activation = swiglu_invariant if self.deterministic else swiglu_forward
-        for (w13, w2), end in zip(self._prepared, permutation.offsets_E.tolist(), strict=True):
-            if end > begin:
-                y_RD[begin:end] = w2.linear(activation(w13.linear(x_RD[begin:end])))
-            begin = end
+        for (w13, w2), rows in zip(self._prepared, expert_rows(permutation.offsets_E), strict=True):
+            if rows.stop > rows.start:
+                y_RD[rows] = w2.linear(activation(w13.linear(x_RD[rows])))
         return combine(y_RD, weights_TK, permutation)
 
     def _alignment(self, assignments: int) -> int:

@@ -56,6 +56,11 @@ def test_a_name_that_nothing_has(name: str) -> None:
         kept_by_user(MODEL, ["o_proj", name])
 
 
+def test_names_that_leave_nothing_to_quantise_are_refused() -> None:
+    with pytest.raises(UserError, match="nothing is left"):
+        kept_by_user(MODEL, ["layers"])
+
+
 def test_what_files_have_scales_for() -> None:
     def scaled(*but: str, suffix: str = ".weight_scale", mlp: bool = False) -> list[str]:
         found = matrices(MODEL)

@@ -140,7 +140,11 @@ def _no_blocks(config: ModelConfig) -> str:
     """The sizes of matrices that are no multiples of a block."""
     moe, heads = config.moe, config.head_dim
     sizes = {"hidden_size": config.hidden_size, "query rows": config.num_heads * heads}
-    sizes |= {"key rows": config.num_kv_heads * heads, "feed-forward": moe.expert_size if moe else config.ffn_size}
+    sizes["key rows"] = config.num_kv_heads * heads
+    if moe is not None:
+        sizes["expert"] = moe.expert_size
+    if moe is None or moe.layer_frequency > 1:
+        sizes["feed-forward"] = config.ffn_size
     return ", ".join(f"{name} = {size}" for name, size in sizes.items() if size % 128)
 
 

@@ -74,10 +74,10 @@ def matrices(model: _Model) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def kept_by_user(model: _Model, names: Iterable[str]) -> tuple[str, ...]:
+def kept_by_user(model: _Model, names: Collection[str]) -> tuple[str, ...]:
     """The matrices of which a module's name holds one of `names` as whole parts ("layers.0", "self_attn", "w2").
 
-    Raises UserError for a name that none holds.
+    Raises UserError for a name that none holds, and for names that leave nothing to quantise.
     """
     kept: set[str] = set()
     for name in names:
@@ -89,6 +89,8 @@ def kept_by_user(model: _Model, names: Iterable[str]) -> tuple[str, ...]:
         if not found:
             raise UserError(f"--keep {name}: no matrix is called so; such as o_proj, layers.0, or self_attn")
         kept |= found
+    if len(kept) == len(matrices(model)):
+        raise UserError(f"--keep {', '.join(names)}: keeps all weights as they are; nothing is left to quantise")
     return tuple(matrix for matrix in matrices(model) if matrix in kept)
 
 

@@ -74,6 +74,19 @@ def test_activations_have_a_scale_a_row_that_knows_no_other_row() -> None:
         assert torch.equal(alone[0].float(), values[row : row + 1].float()) and alone[1] == scale[row]
 
 
+@pytest.mark.parametrize("offset", [0, 48])
+def test_activations_have_a_scale_a_block_of_a_row_where_weights_have(offset: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 300) * torch.logspace(-3, 3, 300)
+    values, scale = quantize_activations(x, None, offset)
+    borders = [0, 128 - offset, 256 - offset, 300]
+    assert scale.shape == (4, 3)
+    for block, (begin, end) in enumerate(zip(borders, borders[1:], strict=False)):
+        alone, scales = quantize_activations(x[:, begin:end])
+        assert torch.equal(scales[:, 0], scale[:, block])
+        assert torch.equal(alone.float(), values[:, begin:end].float())
+
+
 def test_a_fixed_scale_saturates_and_what_is_not_finite_stays_visible() -> None:
     values, scale = quantize_activations(torch.tensor([[1.0, -1e9, 896.0, torch.nan]]), torch.tensor(2.0))
     assert scale == 2
@@ -90,8 +103,9 @@ def test_linear_is_the_dequantised_product(activations: Activations) -> None:
     weight, x, fixed = random_weight(48, 200, offset=16), torch.randn(7, 200, dtype=torch.float64), torch.tensor(0.01)
     seen = x
     if activations != "none":
-        values, scale = quantize_activations(x, fixed if activations == "static" else None)
-        seen = values.double() * scale.double()
+        values, scale = quantize_activations(x, fixed if activations == "static" else None, 16)
+        by_column = scale.double().repeat_interleave(BLOCK, 1)[:, 16:216] if activations == "dynamic" else scale
+        seen = values.double() * by_column
         assert 0 < (seen - x).abs().max() < 0.3
     expected = seen @ by_hand(weight).double().T
     torch.testing.assert_close(fp8_linear_reference(x, weight, activations, fixed), expected)

@@ -37,7 +37,7 @@ def command(
         Activations,
         typer.Option(
             help="What multiplies the weights: inputs as they are (none), or in e4m3 too, with a scale for each token "
-            "(dynamic) or one found on a text (static; not with block128)."
+            "(dynamic; with block128 for each 128 columns of it) or one found on a text (static; not with block128)."
         ),
     ] = "none",
     rounding: Annotated[

@@ -25,8 +25,8 @@ class QuantizationConfig:
     """e4m3 weights of all projections and experts but those `kept` (matrices); the rest of the model is as stored.
 
     scales        one for each tensor, output channel, or block of 128 x 128
-    activations   none: inputs stay as they are (weight-only); dynamic: e4m3 with a scale a token; static: e4m3 with one
-                  scale for each matrix, stored beside it
+    activations   none: inputs stay as they are (weight-only); dynamic: e4m3 with a scale a token (where weights have
+                  blocks, a block of it); static: e4m3 with one scale for each matrix, stored beside it
     """
 
     scales: Scales

@@ -46,6 +46,11 @@ class Fp8Weight:
         """Rows that share a scale: 1 or GROUP_ROWS."""
         return 1 if self.scales.shape[-2] == self.values.shape[-2] else GROUP_ROWS
 
+    @property
+    def block_offset(self) -> int | None:
+        """`column_offset` where blocks of columns have scales, else None."""
+        return self.column_offset if self.scales.shape[-1] > 1 else None
+
     def unbind(self) -> list[Fp8Weight]:
         """The matrices [N, K] of a stack [E, N, K]."""
         pairs = zip(self.values.unbind(), self.scales.unbind(), strict=True)
@@ -56,23 +61,35 @@ def dequantize(weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
     """The weight [..., N, K]: the products in float32, then rounded to `dtype`."""
     rows, columns = weight.values.shape[-2:]
     scales = weight.scales.repeat_interleave(weight.group_rows, -2)[..., :rows, :]
-    if scales.shape[-1] > 1:
-        scales = scales.repeat_interleave(BLOCK, -1)[..., weight.column_offset : weight.column_offset + columns]
-    return (from_e4m3(weight.values, torch.float32) * scales).to(dtype)
+    return (from_e4m3(weight.values, torch.float32) * _by_column(scales, columns, weight.column_offset)).to(dtype)
 
 
-def quantize_activations(x_RK: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x [R, K] as e4m3 values [R, K] and the scale that they are to be multiplied by: `scale` (one number), or one for
-    each row, float32 [R, 1]: its largest magnitude / 448, 1 for a row of zeros.
+def quantize_activations(
+    x_RK: Tensor, scale: Tensor | None = None, column_offset: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """x [R, K] as e4m3 values [R, K] and what they are to be multiplied by: `scale` (one number), or the largest
+    magnitude / 448, 1 where all is zero, float32: of each row [R, 1] or, with `column_offset`, of each block of a row
+    [R, k]. Blocks are those of a weight with that offset.
 
-    Values beyond +-448 saturate; a row with NaN or infinities holds NaN.
+    Values beyond +-448 saturate; what shares a scale with NaN or infinities holds NaN.
     """
-    x_RK = x_RK.float()
+    x_RK, columns, offset = x_RK.float(), x_RK.shape[1], column_offset or 0
     if scale is None:
-        some = x_RK if x_RK.shape[-1] else F.pad(x_RK, (0, 1))  # of no columns there is no maximum
-        scale = some.abs().amax(-1, keepdim=True) / E4M3_MAX
+        if column_offset is None:
+            blocks = F.pad(x_RK, (0, 0 if columns else 1))[:, None]  # of no columns there is no maximum
+        else:
+            blocks = F.pad(x_RK, (offset, -(offset + columns) % BLOCK)).unflatten(1, (-1, BLOCK))
+        scale = blocks.abs().amax(-1) / E4M3_MAX
         scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
-    return to_e4m3(x_RK / scale), scale
+    return to_e4m3(x_RK / _by_column(scale, columns, offset)), scale
+
+
+def _by_column(scales: Tensor, columns: int, offset: int) -> Tensor:
+    """Scales [..., k] of blocks, the first of which lacks `offset` columns, for each column; those of one block as they
+    are."""
+    if scales.dim() == 0 or scales.shape[-1] == 1:
+        return scales
+    return scales.repeat_interleave(BLOCK, -1)[..., offset : offset + columns]
 
 
 def fp8_linear_reference(
@@ -85,14 +102,18 @@ def fp8_linear_reference(
     """x W^T [R, N] in x's dtype: the reference, computed in `dtype` (None: float32, or float64 for a float64 x).
 
     weight [N, K]; `input_scale` float32, one number, for static activations. The values of `activations` other than
-    "none" replace x by what `quantize_activations` makes of it.
+    "none" replace x by what `quantize_activations` makes of it; dynamic scales are of blocks where the weight's are.
     """
     dtype = dtype or torch.promote_types(x_RK.dtype, torch.float32)
     matrix = dequantize(weight, dtype)
     if activations == "none":
         return F.linear(x_RK.to(dtype), matrix).to(x_RK.dtype)
-    values, scale = quantize_activations(x_RK, input_scale if activations == "static" else None)
-    return (F.linear(from_e4m3(values, dtype), matrix) * scale).to(x_RK.dtype)
+    fixed = input_scale if activations == "static" else None
+    values, scale = quantize_activations(x_RK, fixed, weight.block_offset)
+    if scale.dim() == 0 or scale.shape[-1] == 1:
+        return (F.linear(from_e4m3(values, dtype), matrix) * scale).to(x_RK.dtype)
+    inputs = from_e4m3(values, dtype) * _by_column(scale, x_RK.shape[1], weight.column_offset)
+    return F.linear(inputs.to(dtype), matrix).to(x_RK.dtype)
 
 
 def fp8_expert_mlp_reference(

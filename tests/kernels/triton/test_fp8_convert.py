@@ -60,15 +60,19 @@ def test_activations_agree_with_the_reference(dtype: torch.dtype, device: str) -
     x[2, 1400] = torch.nan
     x[4, 3] = -torch.inf
     for inputs in (x, x.t().contiguous().t(), x[:1].expand(3, -1), x[:, :0], x[:0]):
-        for scale in (None, torch.tensor(0.004, device=device)):
-            values, scales = quantize_activations(inputs, scale)
-            expected, expected_scales = fp8_weight.quantize_activations(inputs, scale)
+        fixed = torch.tensor(0.004, device=device)
+        for scale, offset in ((None, None), (fixed, None), (fixed, 16), (None, 0), (None, 112)):
+            if offset is not None and not inputs.numel():
+                continue  # weights of no columns have no blocks
+            values, scales = quantize_activations(inputs, scale, offset)
+            expected, expected_scales = fp8_weight.quantize_activations(inputs, scale, offset)
             assert same_codes(values, expected)
             assert torch.equal(scales.nan_to_num(-1), expected_scales.nan_to_num(-1))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles(architecture: int) -> None:
-    types = {"x": "*bf16", "values": "*u8", "scales": "*fp32", "columns": "i32", "x_row": "i32"}
-    for dynamic in (True, False):
-        cross_compile(quantize_kernel, architecture, types, {"x_column": 1, "DYNAMIC": dynamic, "BLOCK": 1024})
+    types = {"x": "*bf16", "values": "*u8", "scales": "*fp32"} | dict.fromkeys(("columns", "x_row", "offset"), "i32")
+    for dynamic, blocks in ((True, 1), (False, 1), (True, 12)):
+        constants = {"x_column": 1, "BLOCKS": blocks, "DYNAMIC": dynamic, "BLOCK": 128 if blocks > 1 else 1024}
+        cross_compile(quantize_kernel, architecture, types, constants)

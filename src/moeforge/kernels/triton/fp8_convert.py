@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moeforge.kernels.fp8 import E4M3
+from moeforge.kernels.fp8_weight import BLOCK as SCALE_COLUMNS
 
 _BLOCK = 1024
 
@@ -50,35 +51,66 @@ def to_e4m3_bytes(x):
 
 
 @triton.jit
-def quantize_kernel(x, values, scales, columns, x_row, x_column, DYNAMIC: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def quantize_kernel(
+    x,
+    values,
+    scales,
+    columns,
+    x_row,
+    x_column,
+    offset,
+    BLOCKS: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program has a row or, with BLOCKS > 1, a block of a row; the first block lacks `offset` columns."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane = tl.arange(0, BLOCK)
+    begin, end = 0, columns
+    if BLOCKS > 1:
+        begin, end = block * BLOCK - offset, tl.minimum(columns, block * BLOCK - offset + BLOCK)
     x += row * x_row
     if DYNAMIC:
         # Magnitudes as integers are in the same order, and NaN is the largest: tl.max would lose it.
         largest = tl.zeros([BLOCK], tl.int32)
-        for begin in range(0, columns, BLOCK):
-            column = begin + lane
-            part = tl.load(x + column * x_column, mask=column < columns, other=0.0).to(tl.float32)
+        for first in range(begin, end, BLOCK):
+            column = first + lane
+            inside = (column >= 0) & (column < end)
+            part = tl.load(x + column * x_column, mask=inside, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.abs(part).to(tl.int32, bitcast=True))
         scale = tl.div_rn(tl.max(largest, 0).to(tl.float32, bitcast=True), 448.0)
         scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)
-        tl.store(scales + row, scale)
+        tl.store(scales + row * BLOCKS + block, scale)
     else:
         scale = tl.load(scales)
-    for begin in range(0, columns, BLOCK):
-        column = begin + lane
-        part = tl.load(x + column * x_column, mask=column < columns, other=0.0).to(tl.float32)
-        tl.store(values + row * columns + column, to_e4m3_bytes(tl.div_rn(part, scale)), mask=column < columns)
+    for first in range(begin, end, BLOCK):
+        column = first + lane
+        inside = (column >= 0) & (column < end)
+        part = tl.load(x + column * x_column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(values + row * columns + column, to_e4m3_bytes(tl.div_rn(part, scale)), mask=inside)
 
 
-def quantize_activations(x_RK: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_activations(
+    x_RK: Tensor, scale: Tensor | None = None, column_offset: int | None = None
+) -> tuple[Tensor, Tensor]:
     """`moeforge.kernels.fp8_weight.quantize_activations` in one kernel: the same bits."""
     rows, columns = x_RK.shape
+    by_block = scale is None and column_offset is not None
+    offset = column_offset if by_block and column_offset is not None else 0
+    blocks = triton.cdiv(offset + columns, SCALE_COLUMNS) if by_block else 1
     values = x_RK.new_empty(rows, columns, dtype=torch.uint8)
-    scales = x_RK.new_empty(rows, 1, dtype=torch.float32) if scale is None else scale
+    scales = x_RK.new_empty(rows, blocks, dtype=torch.float32) if scale is None else scale
     if rows:
-        quantize_kernel[(rows,)](
-            x_RK, values, scales, columns, *x_RK.stride(), DYNAMIC=scale is None, BLOCK=_BLOCK, num_warps=4
+        quantize_kernel[(rows, blocks)](
+            x_RK,
+            values,
+            scales,
+            columns,
+            *x_RK.stride(),
+            offset,
+            BLOCKS=blocks,
+            DYNAMIC=scale is None,
+            BLOCK=SCALE_COLUMNS if blocks > 1 else _BLOCK,
+            num_warps=1 if blocks > 1 else 4,
         )
     return values.view(E4M3), scales

@@ -52,6 +52,7 @@ def matmul_kernel(
     w_row,
     w_column,
     x_scale_row,
+    x_scale_column,
     w_scale_expert,
     w_scale_row,
     w_scale_column,
@@ -107,16 +108,21 @@ def matmul_kernel(
         else:
             product = tl.dot(e4m3_to(w_part, tl.float16), e4m3_to(x_part, tl.float16))
         if BLOCK_SCALES:
-            product *= tl.load(w_scales + block * BLOCK_K // _SCALE_COLUMNS * w_scale_column, n_inside)[:, None]
+            scale = block * BLOCK_K // _SCALE_COLUMNS
+            product *= tl.load(w_scales + scale * w_scale_column, n_inside)[:, None]
+            if x_scales is not None:
+                x_scale = x_scales + r_long * x_scale_row + scale * x_scale_column
+                product *= tl.load(x_scale, mask=r_inside, other=0.0)[None, :]
         acc += product
         k += BLOCK_K
         x_tile += BLOCK_K * x_column
         w_tile += BLOCK_K * w_column
 
-    if w_scales is not None and not BLOCK_SCALES:
-        acc *= tl.load(w_scales, mask=n_inside, other=0.0)[:, None]
-    if x_scales is not None:
-        acc *= tl.load(x_scales + r_long * x_scale_row, mask=r_inside, other=0.0)[None, :]
+    if not BLOCK_SCALES:
+        if w_scales is not None:
+            acc *= tl.load(w_scales, mask=n_inside, other=0.0)[:, None]
+        if x_scales is not None:
+            acc *= tl.load(x_scales + r_long * x_scale_row, mask=r_inside, other=0.0)[None, :]
     out = y + r_long[None, :] * N + n[:, None]
     tl.store(out, acc.to(y.dtype.element_ty), mask=n_inside[:, None] & r_inside[None, :])
 
@@ -173,11 +179,12 @@ def matmul(
     if isinstance(w, Fp8Weight):
         kind = "weight-only" if kind == "16-bit" else kind
         scales, column_offset, group_rows = w.scales, w.column_offset, w.group_rows
-        w = as_argument(w.values)
         if activations != "none":
             kind = "w8a8"
-            values, x_scales = quantize_activations(x_RK, input_scale if activations == "static" else None)
+            fixed = input_scale if activations == "static" else None
+            values, x_scales = quantize_activations(x_RK, fixed, w.block_offset)
             x = as_argument(values)
+        w = as_argument(w.values)
     experts, N, K = w.shape
     y = x.new_empty(rows, N, dtype=y_dtype)
     if not y.numel():
@@ -197,7 +204,7 @@ def matmul(
         K,
         *x.stride(),
         *w.stride(),
-        1 if activations == "dynamic" else 0,
+        *(x_scales.stride() if x_scales is not None and activations == "dynamic" else (0, 0)),
         *((0, 0, 0) if scales is None else scales.stride()),
         column_offset,
         EXPERTS=experts,

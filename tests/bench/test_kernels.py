@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from moeforge.bench import kernels_tune
-from moeforge.bench.kernels import KernelBench, Limits, _expert_sides, _one_by_one, _sides, models
+from moeforge.bench.kernels import KernelBench, _expert_sides, _one_by_one, _sides, models
+from moeforge.bench.kernels_limits import Limits
 from moeforge.bench.kernels_timing import copy_bandwidth, dense_ceiling, in_turn, ratio, that_run
 from moeforge.cli.app import main
 from moeforge.config.model import ModelConfig, MoEConfig
@@ -61,10 +63,20 @@ def test_rates_are_positive() -> None:
 
 
 def test_the_limit_is_the_larger_of_the_two_times() -> None:
-    limits = Limits(read_bytes=10.0, flops=100.0)
-    case = {"read_bytes": 20.0, "microseconds": 4e6}
-    assert limits.of({**case, "flops": 100.0}) == {"limit": "memory", "fraction_of_limit": 0.5}
-    assert limits.of({**case, "flops": 300.0}) == {"limit": "matmul", "fraction_of_limit": 0.75}
+    limits = Limits(read_bytes=4000, inner=64)
+    flops = 2.0 * 1024 * 64 * 64
+    found = {"read": [1.0, 2.0, 8.0], "matmul": [1.0, 1.0, 1.0], "ours": [1.0, 1.0, 2.0]}
+    # By round, of twice the bytes: 2, 4 and 8 times the buffer's reading time, over ours.
+    assert limits.of(found, "ours", 2 * 4000, flops) == {"limit": "memory", "fraction_of_limit": 4.0}
+    assert limits.read == [4000, 2000, 500] and limits.matmul == [flops] * 3
+    assert limits.of(found, "ours", 400, 3 * flops) == {"limit": "matmul", "fraction_of_limit": 3.0}
+
+
+def test_limits_are_measured_in_turn_with_the_kernels() -> None:
+    limits = Limits(read_bytes=2**12, inner=32)
+    found = in_turn(limits.sides | {"ours": lambda: None}, 2)
+    limits.of(found, "ours", 1.0, 1.0)
+    assert limits.read == [2**12 / seconds for seconds in found["read"]] and len(limits.matmul) == 2
 
 
 def test_all_sides_compute_the_same() -> None:
@@ -105,15 +117,17 @@ def _map(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """10 GB/s and 300 GFLOP/s, without measuring for seconds; slower before than after."""
-    read = iter([5.0, 10.0] * 2)
+    """10 GB/s and 300 GFLOP/s, without measuring them."""
 
-    def machine(buffer_bytes: int) -> dict[str, Any]:
-        given = {"bf16": 200.0}
-        return {"threads": 1, "torch": "", "matmul_gflops": given, "read_gbytes_per_second": next(read)}
+    def of(self: Limits, found: Any, side: str, read_bytes: float, flops: float) -> dict[str, Any]:
+        assert {"read", "matmul", side} <= found.keys()
+        self.read.append(10e9)
+        self.matmul.append(300e9)
+        fractions = {"memory": read_bytes / 10e9, "matmul": flops / 300e9}
+        limit = max(fractions, key=lambda name: fractions[name])
+        return {"limit": limit, "fraction_of_limit": fractions[limit] / statistics.median(found[side])}
 
-    monkeypatch.setattr("moeforge.bench.kernels.machine", machine)
-    monkeypatch.setattr("moeforge.bench.kernels.matmul_ceiling", lambda dtype, inner, columns: 300.0)
+    monkeypatch.setattr(Limits, "of", of)
 
 
 def test_every_case_is_measured(measured: None) -> None:
@@ -121,7 +135,7 @@ def test_every_case_is_measured(measured: None) -> None:
     bench = KernelBench(rows=(1, 3), rounds=1, working_bytes=2**12)
     result = bench.run({"tiny": TINY}, notes.append)
     assert notes == ["tiny"] and result["native"] == native.name()
-    assert result["limits"] == {"read_gbytes_per_second": 10.0, "bf16_gflops": 300.0}  # the best of all
+    assert result["limits"] == {"read_gbytes_per_second": 10.0, "bf16_gflops": 300.0}
     assert [(case["kernel"], case["rows"]) for case in result["matmuls"]] == [
         (kernel, rows) for kernel in ("qkv", "o", "head", "experts") for rows in (1, 3)
     ]

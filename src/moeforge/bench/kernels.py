@@ -1,15 +1,15 @@
 """Kernels of a decode step on a CPU against what the machine gives: `moeforge bench kernels`.
 
 Each runs over as many copies of its weights as come from memory and not from a cache; ours and the peers' take turns.
-The limit of a kernel is the larger of two times: of reading its weights at the measured bandwidth, and of its FLOPs at
-the measured matmul rate.
+The limit of a kernel is the larger of two times: of reading its weights at the bandwidth, and of its FLOPs at the
+matmul rate, both measured in the same rounds.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeforge.bench.ceiling import matmul_ceiling
-from moeforge.bench.kernels_timing import in_turn, ratio
-from moeforge.bench.serve_machine import machine
+from moeforge.bench.kernels_limits import Limits
+from moeforge.bench.kernels_timing import Seconds, in_turn, ratio
 from moeforge.config.model import ModelConfig, MoEConfig
 from moeforge.config.presets import model_preset
 from moeforge.kernels import (
@@ -61,20 +60,6 @@ def models() -> dict[str, ModelConfig]:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What the machine was measured to do in a second."""
-
-    read_bytes: float
-    flops: float
-
-    def of(self, case: Mapping[str, float]) -> dict[str, Any]:
-        """What limits a case of `read_bytes`, `flops` and `microseconds`, and the fraction of the limit it reaches."""
-        reading, computing = case["read_bytes"] / self.read_bytes, case["flops"] / self.flops
-        limit = "memory" if reading >= computing else "matmul"
-        return {"limit": limit, "fraction_of_limit": 1e6 * max(reading, computing) / case["microseconds"]}
-
-
-@dataclass(frozen=True)
 class KernelBench:
     """`rows` tokens at once, each case in `rounds` rounds over `working_bytes` of bf16 weights."""
 
@@ -85,60 +70,45 @@ class KernelBench:
     @torch.inference_mode()
     def run(self, models: Mapping[str, ModelConfig], note: Callable[[str], None]) -> dict[str, Any]:
         """Raw results: `matmuls` and `others` with µs a call, the fraction of the limit, and `speedup_over`: times of
-        others over ours. The machine is measured before and after, and the better of both counts."""
+        others over ours; `limits`: the medians of the bandwidth and the matmul rate over all rounds."""
         torch.manual_seed(0)
-        before = self._machine(models.values())
+        limits = Limits(self.working_bytes)
         matmuls, others = [], []
         for name, config in models.items():
             note(name)
             for kernel, shape in _linears(config).items():
-                matmuls += [{"model": name, "kernel": kernel, **case} for case in self._linear(shape)]
-            matmuls += [{"model": name, "kernel": "experts", **case} for case in self._experts(config)]
+                matmuls += [{"model": name, "kernel": kernel, **case} for case in self._linear(shape, limits)]
+            matmuls += [{"model": name, "kernel": "experts", **case} for case in self._experts(config, limits)]
             for rows in self.rows:
-                for kernel, case in self._others(config, rows).items():
+                for kernel, case in self._others(config, rows, limits).items():
                     others.append({"model": name, "kernel": kernel, "rows": rows, **case})
-        after = self._machine(models.values())
-        limits = Limits(
-            1e9 * max(each["read_gbytes_per_second"] for each in (before, after)),
-            1e9 * max(each["matmul_gflops"]["bf16"] for each in (before, after)),
-        )
-        for case in [case[side] for case in matmuls for side in _BYTES] + others:
-            if "read_bytes" in case:
-                case |= limits.of(case)
-        machine = {"threads": before["threads"], "torch": before["torch"], "before": before, "after": after}
-        limit = {"read_gbytes_per_second": limits.read_bytes / 1e9, "bf16_gflops": limits.flops / 1e9}
         return {
             "device": "cpu",
             "native": native.name(),
-            "machine": machine,
-            "limits": limit,
+            "machine": {"threads": torch.get_num_threads(), "torch": torch.__version__},
+            "limits": {
+                "read_gbytes_per_second": statistics.median(limits.read) / 1e9,
+                "bf16_gflops": statistics.median(limits.matmul) / 1e9,
+            },
             "matmuls": matmuls,
             "others": others,
         }
-
-    def _machine(self, models: Iterable[ModelConfig]) -> dict[str, Any]:
-        found = machine(self.working_bytes)
-        for config in models:
-            assert config.moe is not None
-            rate = matmul_ceiling(torch.bfloat16, inner=config.hidden_size, columns=2 * config.moe.expert_size)
-            found["matmul_gflops"]["bf16"] = max(found["matmul_gflops"]["bf16"], rate)
-        return found
 
     def _copies(self, weights: float) -> int:
         """How many copies of so many weights come from memory."""
         return max(1, math.ceil(self.working_bytes / (2 * weights)))
 
-    def _linear(self, shape: tuple[int, int]) -> list[dict[str, Any]]:
+    def _linear(self, shape: tuple[int, int], limits: Limits) -> list[dict[str, Any]]:
         outputs, inputs = shape
         copies = [_sides(_random(shape)) for _ in range(self._copies(outputs * inputs))]
         found = []
         for rows in self.rows:
             x = _random((rows, inputs))
             calls = {side: [partial(copy[side], x) for copy in copies] for side in copies[0]}
-            found.append(self._case(calls, rows, float(outputs * inputs), 2.0 * rows * outputs * inputs))
+            found.append(self._case(calls, limits, rows, float(outputs * inputs), 2.0 * rows * outputs * inputs))
         return found
 
-    def _experts(self, config: ModelConfig) -> list[dict[str, Any]]:
+    def _experts(self, config: ModelConfig, limits: Limits) -> list[dict[str, Any]]:
         moe, d = config.moe, config.hidden_size
         assert moe is not None
         each = 3 * d * moe.expert_size
@@ -154,20 +124,24 @@ class KernelBench:
                 for side, call in copy.items():
                     calls[side].append(partial(call, *arguments))
             flops = 2.0 * rows * moe.top_k * each
-            found.append(self._case(calls, rows, each * statistics.fmean(used), flops))
+            found.append(self._case(calls, limits, rows, each * statistics.fmean(used), flops))
         return found
 
-    def _case(self, calls: Mapping[str, Sequence[Call]], rows: int, weights: float, flops: float) -> dict[str, Any]:
-        found = in_turn({side: partial(_all, each) for side, each in calls.items()}, self.rounds)
+    def _case(
+        self, calls: Mapping[str, Sequence[Call]], limits: Limits, rows: int, weights: float, flops: float
+    ) -> dict[str, Any]:
+        found = in_turn(limits.sides | {side: partial(_all, each) for side, each in calls.items()}, self.rounds)
         case: dict[str, Any] = {"rows": rows}
         for side, bytes_each in _BYTES.items():
-            microseconds = 1e6 * statistics.median(found[side]) / len(calls[side])
-            case[side] = {"microseconds": microseconds, "read_bytes": weights * bytes_each, "flops": flops}
+            count, read = len(calls[side]), weights * bytes_each
+            microseconds = 1e6 * statistics.median(found[side]) / count
+            case[side] = {"microseconds": microseconds, "read_bytes": read, "flops": flops}
+            case[side] |= limits.of(found, side, count * read, count * flops)
         case["bf16"]["speedup_over"] = {peer: ratio(found, peer, "bf16") for peer in PEERS if peer in found}
         case["fp8"]["speedup_over"] = {"bf16": ratio(found, "bf16", "fp8")}
         return case
 
-    def _others(self, config: ModelConfig, rows: int) -> dict[str, dict[str, Any]]:
+    def _others(self, config: ModelConfig, rows: int, limits: Limits) -> dict[str, dict[str, Any]]:
         """Attention, routing and norm beside what torch does."""
         moe, d, heads, groups = config.moe, config.hidden_size, config.num_heads, config.num_kv_heads
         assert moe is not None
@@ -195,17 +169,20 @@ class KernelBench:
             },
         }
         flops = 4.0 * rows * LIVE_TOKENS * heads * config.head_dim
-        found = {"attention": self._beside_torch(attention) | {"read_bytes": 2.0 * live, "flops": flops}}
+        times = in_turn(limits.sides | {side: partial(_all, each) for side, each in attention.items()}, self.rounds)
+        found = {"attention": _beside_torch(times, layers)}
+        found["attention"] |= limits.of(times, "moeforge", 2.0 * live * layers, flops * layers)
         for kernel, sides in small.items():
-            found[kernel] = self._beside_torch({side: [call] * _SMALL_CALLS for side, call in sides.items()})
+            calls = {side: partial(_all, [call] * _SMALL_CALLS) for side, call in sides.items()}
+            found[kernel] = _beside_torch(in_turn(calls, self.rounds), _SMALL_CALLS)
         return found
 
-    def _beside_torch(self, calls: Mapping[str, Sequence[Callable[[], object]]]) -> dict[str, Any]:
-        found = in_turn({side: partial(_all, each) for side, each in calls.items()}, self.rounds)
-        return {
-            "microseconds": 1e6 * statistics.median(found["moeforge"]) / len(calls["moeforge"]),
-            "speedup_over": {"torch": ratio(found, "torch", "moeforge")},
-        }
+
+def _beside_torch(found: Seconds, calls: int) -> dict[str, Any]:
+    return {
+        "microseconds": 1e6 * statistics.median(found["moeforge"]) / calls,
+        "speedup_over": {"torch": ratio(found, "torch", "moeforge")},
+    }
 
 
 def _all(calls: Sequence[Callable[[], object]]) -> None:

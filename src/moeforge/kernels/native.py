@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moeforge.kernels.arena import long_lived
+
 PANEL = 16
 """Outputs that are computed together."""
 BLOCK = 128
@@ -132,7 +134,7 @@ class NativeWeight:
         self.outputs, self.inputs = outputs, inputs
         padded = -(-outputs // (2 * PANEL)) * 2 * PANEL
         weight = weight.contiguous()
-        self._data = torch.empty(padded * inputs, dtype=weight.dtype)
+        self._data = long_lived(padded * inputs, weight.dtype)
         pack = _library().moeforge_pack_bf16 if scales is None else _library().moeforge_pack_e4m3
         pack(weight.data_ptr(), outputs, inputs, gated, self._data.data_ptr(), torch.get_num_threads())
         self._scales: Tensor | None = None

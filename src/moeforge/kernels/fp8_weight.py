@@ -65,23 +65,23 @@ def dequantize(weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
 
 
 def quantize_activations(
-    x_RK: Tensor, scale: Tensor | None = None, column_offset: int | None = None
+    x: Tensor, scale: Tensor | None = None, column_offset: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x [R, K] as e4m3 values [R, K] and what they are to be multiplied by: `scale` (one number), or the largest
-    magnitude / 448, 1 where all is zero, float32: of each row [R, 1] or, with `column_offset`, of each block of a row
-    [R, k]. Blocks are those of a weight with that offset.
+    """x [..., K] as e4m3 values [..., K] and what they are to be multiplied by: `scale` (one number), or the largest
+    magnitude / 448, 1 where all is zero, float32: of each row [..., 1] or, with `column_offset`, of each block of a row
+    [..., k]. Blocks are those of a weight with that offset.
 
     Values beyond +-448 saturate; what shares a scale with NaN or infinities holds NaN.
     """
-    x_RK, columns, offset = x_RK.float(), x_RK.shape[1], column_offset or 0
+    x, columns, offset = x.float(), x.shape[-1], column_offset or 0
     if scale is None:
         if column_offset is None:
-            blocks = F.pad(x_RK, (0, 0 if columns else 1))[:, None]  # of no columns there is no maximum
+            blocks = F.pad(x, (0, 0 if columns else 1)).unsqueeze(-2)  # of no columns there is no maximum
         else:
-            blocks = F.pad(x_RK, (offset, -(offset + columns) % BLOCK)).unflatten(1, (-1, BLOCK))
+            blocks = F.pad(x, (offset, -(offset + columns) % BLOCK)).unflatten(-1, (-1, BLOCK))
         scale = blocks.abs().amax(-1) / E4M3_MAX
         scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
-    return to_e4m3(x_RK / _by_column(scale, columns, offset)), scale
+    return to_e4m3(x / _by_column(scale, columns, offset)), scale
 
 
 def _by_column(scales: Tensor, columns: int, offset: int) -> Tensor:

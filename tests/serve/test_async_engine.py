@@ -17,10 +17,11 @@ import pytest
 from moeforge.config.serving import EngineConfig
 from moeforge.errors import UserError
 from moeforge.serve import LLM, SamplingParams
-from moeforge.serve.async_engine import AsyncEngine, EngineDead, QueueFull, Stream
+from moeforge.serve.async_engine import AsyncEngine, QueueFull
 from moeforge.serve.engine import Engine
 from moeforge.serve.outputs import CompletionOutput
 from moeforge.serve.sampling_params import StructuredOutputsParams
+from moeforge.serve.stream import EngineDead, Stream
 
 from .recording import greedy, worker_processes
 

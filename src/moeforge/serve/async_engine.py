@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from moeforge.serve.engine import Engine
 from moeforge.serve.outputs import CompletionDelta
 from moeforge.serve.request import Request
 from moeforge.serve.sampling_params import SamplingParams
+from moeforge.serve.stream import EngineDead, Stream
 
 RETRY_AFTER_SECONDS = 1
 _COMPILERS, _SCHEMAS_WAITING = 2, 16  # schemas that are compiled at once, and that wait for it
@@ -32,10 +33,6 @@ class QueueFull(RunError):
     def __init__(self, waiting: int) -> None:
         super().__init__(f"{waiting} requests are waiting already; try again later")
         self.retry_after_seconds = RETRY_AFTER_SECONDS
-
-
-class EngineDead(RunError):
-    """The engine failed, or is being shut down."""
 
 
 class EngineHangs(RunError):
@@ -58,44 +55,6 @@ class EngineStats:
     prefix_queries: int = 0
     prefix_hits: int = 0
     requests_by_finish_reason: dict[str, int] = field(default_factory=dict)
-
-
-class Stream:
-    """What comes of one prompt: lists of deltas, one list a step, until all continuations have ended.
-
-    Raises EngineDead where the engine dies before, UserError where it refuses the request after all. Used in the loop
-    that submitted it.
-    """
-
-    def __init__(self, engine: AsyncEngine, key: str, continuations: int) -> None:
-        self._engine, self._key = engine, key
-        self._open = self.unfinished = continuations
-        self._queue: asyncio.Queue[list[CompletionDelta] | EngineDead | UserError] = asyncio.Queue()
-
-    def put(self, item: list[CompletionDelta] | EngineDead | UserError) -> None:
-        """Called by the engine, in the loop."""
-        if isinstance(item, list):
-            self.unfinished -= sum(delta.finish_reason is not None for delta in item)
-        self._queue.put_nowait(item)
-
-    async def __aiter__(self) -> AsyncIterator[list[CompletionDelta]]:
-        while self._open:
-            item = await self._queue.get()
-            if not isinstance(item, list):
-                raise item
-            self._open -= sum(delta.finish_reason is not None for delta in item)
-            yield item
-
-    def abort(self, reason: str | None = None) -> None:
-        """End what still runs; the pages are free with the next step. Nothing where all has ended.
-
-        With a reason, whoever reads the stream, now or later, gets it as an EngineDead.
-        """
-        if self.unfinished:
-            self.unfinished = 0
-            self._engine.abort(self._key)
-            if reason is not None:
-                self.put(EngineDead(reason))
 
 
 class AsyncEngine:
@@ -161,7 +120,7 @@ class AsyncEngine:
         for request in requests:
             request.keeps_history = False
         with self._news:
-            stream = self._streams[key] = Stream(self, key, len(requests))
+            stream = self._streams[key] = Stream(lambda: self.abort(key), len(requests))
             self._idle.clear()
             self._inbox.extend(requests)
             self._new += len(requests)

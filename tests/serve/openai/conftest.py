@@ -15,10 +15,11 @@ import openai
 import pytest
 
 from moeforge.errors import UserError
-from moeforge.serve.async_engine import EngineDead, EngineStats, QueueFull
+from moeforge.serve.async_engine import EngineStats, QueueFull
 from moeforge.serve.openai import server
 from moeforge.serve.openai.settings import ServerSettings
 from moeforge.serve.outputs import CompletionDelta, Sampled
+from moeforge.serve.stream import EngineDead
 
 MODEL = "tiny"
 

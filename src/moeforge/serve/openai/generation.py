@@ -8,12 +8,13 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 
 from moeforge.errors import UserError
-from moeforge.serve.async_engine import AsyncEngine, EngineDead, QueueFull, Stream
+from moeforge.serve.async_engine import AsyncEngine, QueueFull
 from moeforge.serve.openai.errors import ApiError, bad_request, of_user_error, shown, unavailable
 from moeforge.serve.openai.metrics import Metrics
 from moeforge.serve.openai.prompts import Prompt
 from moeforge.serve.outputs import CompletionDelta
 from moeforge.serve.sampling_params import SamplingParams
+from moeforge.serve.stream import EngineDead, Stream
 
 Choice = tuple[int, CompletionDelta]
 

@@ -46,6 +46,16 @@ def test_human_output_fits_and_names_the_sum(config, capsys):
     assert max(map(len, text.splitlines()[2:])) <= 80  # the first has the file's name
 
 
+def test_experts_in_fp8_take_memory_and_times_of_bf16_and_the_plan_says_so(config, capsys):
+    told = "experts in FP8: memory is counted so, times are those of bf16"
+    arguments = [str(config), "--set", "data.sequence_length=512", "--set", "model.path=olmoe-1b-7b"]
+    same, fp8 = plan(capsys, *arguments), plan(capsys, *arguments, "--set", "model.expert_precision=fp8")
+    assert fp8["peak_memory_bytes"] > same["peak_memory_bytes"] and fp8["step_ms"] == same["step_ms"]
+    assert told in fp8["why"] and told not in same["why"]
+    dense = plan(capsys, str(config), "--set", "model.expert_precision=fp8")
+    assert dense["peak_memory_bytes"] == plan(capsys, str(config))["peak_memory_bytes"] and told not in dense["why"]
+
+
 def test_many_processes_and_the_memory_of_each(config, tmp_path, capsys):
     out = tmp_path / "layout.json"
     table = ["pp=2", "tp=3", "stages=[16.5, 13.5]", "recompute_layers=[2, 0]"]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from moeforge.bench.activation_memory import Case, compare, measured_bytes
+from moeforge.bench.activation_memory import Case, compare, measured_bytes, predicted_stage
 from moeforge.config.model import ModelConfig, MoEConfig
-from moeforge.kernels import experts
+from moeforge.kernels import experts, fp8_training
 from moeforge.layout import Layout, build_layout, unit_names
 from moeforge.model.units import Experts
 from moeforge.parallel import Mesh
@@ -43,7 +43,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def _grouped_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on GPUs, which planning is for; on CPUs experts take turns, and less is alive at once."""
-    monkeypatch.setattr(experts, "_passes", lambda x, fp8: experts._GROUPED)
+    monkeypatch.setattr(experts, "_passes", lambda x, fp8: experts._FP8 if fp8 else experts._GROUPED)
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +58,27 @@ def _one_thread() -> Iterator[None]:
 def test_one_process(case: Case) -> None:
     found = compare(case)
     assert abs(found["error"]) <= 0.02, found
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("recompute", ["none", "ffn"])
+def test_experts_in_fp8(monkeypatch: pytest.MonkeyPatch, precision: str, recompute: str) -> None:
+    """As on sm_90, of whose product there is only the result here."""
+
+    def product(x: torch.Tensor, weight: torch.Tensor, *scales: Any, offs: Any, out_dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(len(x), weight.shape[2], dtype=out_dtype)
+
+    monkeypatch.setattr(Experts, "trains_in_fp8", True)
+    monkeypatch.setattr(fp8_training, "_scaled_grouped_mm_takes", lambda *operands: True)
+    monkeypatch.setattr(torch, "_scaled_grouped_mm", product)
+    layout = build_layout(MOE, recompute=recompute)
+    measured = measured_bytes(layout, Mesh.single(layout, torch.device("cpu")), MOE, precision, 2, 512)
+    same = Workload(MOE, precision, 512, 2, 4)
+    peaks = []
+    for work in (same, replace(same, expert_precision="fp8")):
+        stage = predicted_stage(work, layout, 0)
+        peaks.append(stage.kept + max(stage.forward_transient, stage.backward_transient))
+    assert peaks[1] == pytest.approx(measured, rel=0.01) and peaks[0] < 0.9 * measured
 
 
 def _rank(rank: int, model: ModelConfig, layout: Layout, precision: str) -> tuple[int, list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json as json_format
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +13,7 @@ from moeforge.cli.output import Json, emit
 from moeforge.errors import UserError
 
 if TYPE_CHECKING:
-    from moeforge.plan.serving_memory import Dtype, WeightFormat
+    from moeforge.plan.serving_memory import Dtype
 
 
 def serve(
@@ -52,7 +53,7 @@ def serve(
     from moeforge.cli.models import model_config
     from moeforge.config.gpus import load_gpus, parse_gpu_split
     from moeforge.config.serving import EngineConfig
-    from moeforge.plan.serving import ServingRequest, plan_serving
+    from moeforge.plan.serving import ONE_SCALE_EACH, ServingRequest, plan_serving
     from moeforge.plan.serving_summary import figures
 
     if context is not None and context < 1:
@@ -66,10 +67,12 @@ def serve(
         kv_cache_dtype=kv_cache_dtype,
         gpu_memory_utilization=gpu_memory_utilization,
     )
-    config = model_config(model)
-    stored, dtype = _stored(model)
-    held = stored if weights == "auto" else weights
-    plan = plan_serving(ServingRequest(config, cards, held, engine, context, dtype))
+    config, dtype = model_config(model), _dtype(model)
+    if weights == "bf16":
+        config, dtype = dataclasses.replace(config, quantization=None), "bf16"
+    elif weights == "fp8" and config.quantization is None:
+        config = dataclasses.replace(config, quantization=ONE_SCALE_EACH)
+    plan = plan_serving(ServingRequest(config, cards, engine, dtype, context))
     if out is not None:
         plan.layout.write(out)
     result = {
@@ -89,26 +92,22 @@ def serve(
     emit(result, json, human)
 
 
-def _stored(model: str) -> tuple[WeightFormat, Dtype]:
-    """How the model is stored, as far as that can be served, and what it computes in: presets in bf16, like the models
-    that they are of."""
+def _dtype(model: str) -> Dtype:
+    """What the model is stored and computes in, as far as that can be served: presets in bf16, like the models that
+    they are of; of an FP8 model what the rest of it is stored in."""
     from moeforge.config.presets import PRESETS
     from moeforge.config.section import expanded
 
     path = expanded(model)
     if model in PRESETS and not path.exists():
-        return "bf16", "bf16"
+        return "bf16"
     if path.is_dir() and not any(list(path.glob(pattern)) for pattern in ("*.safetensors*", "*.bin*", "*.gguf")):
         data = json_format.loads((path / "config.json").read_text(encoding="utf-8"))
-        quantized = bool(data.get("quantization_config"))
         name = str(data.get("dtype") or data.get("torch_dtype"))
     else:
         from moeforge.checkpoint import open_checkpoint
         from moeforge.checkpoint.inference import pick_dtype
 
-        checkpoint = open_checkpoint(model)
-        quantized = checkpoint.config.quantization is not None
-        name = str(pick_dtype("auto", checkpoint)).removeprefix("torch.")
+        name = str(pick_dtype("auto", open_checkpoint(model))).removeprefix("torch.")
     dtypes: dict[str, Dtype] = {"float32": "fp32", "float64": "fp64"}
-    dtype = dtypes.get(name, "bf16")
-    return "fp8" if quantized else dtype, dtype
+    return dtypes.get(name, "bf16")

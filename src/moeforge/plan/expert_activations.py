@@ -12,6 +12,8 @@ from moeforge.plan.workload import Workload
 
 # Rows at which expert groups start for 16-bit numbers: see `kernels.permute`.
 _ALIGNMENT = 32
+# Float32 copies that rounding to e4m3 holds at once, widened, padded, divided and clamped: see `kernels.fp8_weight`.
+_ROUNDING, _FLOAT32 = 4, 4
 
 
 class RoutedFeedForward:
@@ -88,6 +90,24 @@ class _Router:
             ledger.free(self.hidden)
 
 
+class _Products:
+    """Grouped matmuls, and what those in FP8 hold besides (`kernels.fp8_training`, as on sm_90): both operands in e4m3,
+    made one after the other through float32 copies. Scales, one a row, are not counted."""
+
+    def __init__(self, work: Workload) -> None:
+        fp8, w = work.expert_precision == "fp8", width(work)
+        copies = _ROUNDING if w != _FLOAT32 else _ROUNDING - 1  # it need not be widened
+        self.rounded, self.on_the_way = (1 / w, copies * _FLOAT32 / w) if fp8 else (0.0, 0.0)
+
+    def take(self, ledger: Ledger, weight: float, x: float, out: float) -> None:
+        """A product of `out` bytes of a weight and an x of so many."""
+        for operand in (weight, x):
+            ledger.take(operand * self.rounded)
+            ledger.visit(operand * self.on_the_way)
+        ledger.take(out)
+        ledger.free(weight * self.rounded, x * self.rounded)
+
+
 class _Experts:
     """`kernels.experts` over the buffer of `rows` rows, [R, D], by grouped matmuls; on CPUs, where experts take turns,
     a little less is alive at once."""
@@ -96,18 +116,22 @@ class _Experts:
         w, d, f = width(work), work.model.hidden_size, work.expert_columns
         self.x, self.gated, self.weight = rows * d * w, rows * f * w, work.experts * f * d * w
         self.held_gradients = self.x + 2 * self.gated
+        self.products = _Products(work)
 
     def forward(self, ledger: Ledger) -> None:
         """Adds the output, besides x and what is kept."""
-        ledger.take(2 * self.gated, self.gated, self.x)
+        self.products.take(ledger, 2 * self.weight, self.x, 2 * self.gated)
+        ledger.take(self.gated)
+        self.products.take(ledger, self.weight, self.gated, self.x)
         ledger.free(self.gated)
 
     def backward(self, ledger: Ledger) -> None:
         """The output's gradient becomes the input's, which is kept no longer."""
-        ledger.take(self.gated)  # gradient of the activation
+        self.products.take(ledger, self.weight, self.x, self.gated)  # gradient of the activation
         ledger.take(2 * self.gated, self.gated)
         ledger.free(self.gated)
-        ledger.take(self.weight, 2 * self.weight, self.x)
+        ledger.take(self.weight, 2 * self.weight)
+        self.products.take(ledger, 2 * self.weight, 2 * self.gated, self.x)
         # The activation, gradient and original of the up-projection, input and output's gradient; weights' gradients.
         ledger.free(self.gated, 2 * self.gated, 2 * self.gated, self.x, self.x, 3 * self.weight)
 

@@ -47,6 +47,7 @@ def workload_of(run: TrainConfig, model: ModelConfig) -> Workload:
     return Workload(
         model=model,
         precision=run.model.precision,
+        expert_precision=run.model.expert_precision,
         sequence_length=run.data.sequence_length,
         micro_batch_sequences=run.train.micro_batch_sequences,
         batch_sequences=run.train.batch_sequences,

@@ -8,13 +8,13 @@ from functools import cached_property
 
 from moeforge.config.hardware import HardwareProfile
 from moeforge.config.model import ModelConfig
+from moeforge.config.quantization import QuantizationConfig
 from moeforge.config.serving import EngineConfig
 from moeforge.errors import UserError
 from moeforge.layout import Layout, serving_layout
 from moeforge.plan.serving_memory import (
     Dtype,
     Storage,
-    WeightFormat,
     kv_token_bytes,
     replicated_bytes,
     storage,
@@ -24,29 +24,31 @@ from moeforge.plan.serving_memory import (
 from moeforge.plan.serving_shards import ServingShard, shards_of
 from moeforge.plan.serving_time import Decoder, StepTime, attention_efficiency
 
+ONE_SCALE_EACH = QuantizationConfig("tensor")
+"""FP8 weights as Skywork-MoE's released ones: what plans take a model for that is not FP8 yet."""
+
 
 @dataclass(frozen=True)
 class ServingRequest:
-    """What is to be served on which GPUs, one a rank. Of `engine` the sizes count; `context`: live tokens of each
-    sequence for which step times are given (None: 256, or the longest allowed). `beside_fp8`: what all but the matrices
-    of fp8 weights is held and computed in."""
+    """What is to be served on which GPUs, one a rank. The model's `quantization` says which weights are FP8; the others
+    are held, and all is computed, in `dtype`. Of `engine` the sizes count; `context`: live tokens of each sequence for
+    which step times are given (None: 256, or the longest allowed)."""
 
     model: ModelConfig
     gpus: tuple[HardwareProfile, ...]
-    weights: WeightFormat
     engine: EngineConfig
+    dtype: Dtype = "bf16"
     context: int | None = None
-    beside_fp8: Dtype = "bf16"
 
     @property
-    def dtype(self) -> Dtype:
-        """What the model computes in."""
-        return self.beside_fp8 if self.weights == "fp8" else self.weights
+    def weights(self) -> str:
+        """How most weights are held."""
+        return self.dtype if self.model.quantization is None else "fp8"
 
     @property
     def stored(self) -> Storage:
         """Bytes of elements."""
-        return storage(self.dtype, self.engine.kv_cache_dtype, self.weights == "fp8")
+        return storage(self.dtype, self.engine.kv_cache_dtype)
 
     @property
     def max_model_len(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from moeforge.config.gpus import MOST_GPUS, describe_gpus
 from moeforge.errors import UserError
-from moeforge.plan.serving import ServingRequest, plan_serving
+from moeforge.plan.serving import ONE_SCALE_EACH, ServingRequest, plan_serving
 from moeforge.plan.serving_memory import kv_token_bytes, replicated_bytes
 from moeforge.plan.serving_shards import ServingShard
 
@@ -50,8 +50,9 @@ def _options(request: ServingRequest) -> list[Remedy]:
 def _changes(request: ServingRequest) -> dict[str, Callable[[ServingRequest], ServingRequest]]:
     engine = request.engine
     found: dict[str, Callable[[ServingRequest], ServingRequest]] = {}
-    if request.weights != "fp8":
-        found["--weights fp8"] = lambda r: dataclasses.replace(r, weights="fp8")
+    if request.model.quantization is None:
+        quantized = dataclasses.replace(request.model, quantization=ONE_SCALE_EACH)
+        found["--weights fp8"] = lambda r: dataclasses.replace(r, model=quantized)
     if engine.kv_cache_dtype != "fp8":
         found["--kv-cache-dtype fp8"] = lambda r: _engine(r, kv_cache_dtype="fp8")
     if engine.gpu_memory_utilization < 1:
@@ -69,11 +70,13 @@ def _more_gpus(request: ServingRequest) -> list[Remedy]:
     """More of the first kind."""
     model, stored, first = request.model, request.stored, request.usable[0]
     fixed = replicated_bytes(model, stored)
-    whole = ServingShard((model.num_kv_heads,) * model.num_layers, (), 0)
-    needed = model.parameters() * stored.matrix + request.max_model_len * kv_token_bytes(model, whole, stored)
+    whole = ServingShard(((0, model.num_kv_heads),) * model.num_layers, (), 0)
+    narrowest = stored.other if model.quantization is None else 1
+    # At least this once, and on every further rank what is whole there.
+    needed = model.parameters() * narrowest + request.max_model_len * kv_token_bytes(model, whole, stored)
     for count in range(len(request.gpus) + 1, MOST_GPUS + 1):
         more = count - len(request.gpus)
-        if sum(request.usable) + more * first < needed + count * fixed:
+        if sum(request.usable) + more * first < needed + (count - 1) * fixed:
             continue  # too little even if it were one memory
         gpus = (request.gpus[0],) * more + request.gpus
         wider = _engine(dataclasses.replace(request, gpus=gpus), tensor_parallel_size=count, gpu_split=None)

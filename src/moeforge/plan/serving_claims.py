@@ -11,7 +11,7 @@ from moeforge.config.hardware import HardwareProfile, Link
 from moeforge.config.presets import model_preset
 from moeforge.config.serving import EngineConfig, KVDtype
 from moeforge.layout import serving_layout
-from moeforge.plan.serving import ServingRequest, plan_serving
+from moeforge.plan.serving import ONE_SCALE_EACH, ServingRequest, plan_serving
 from moeforge.plan.serving_memory import kv_token_bytes, weight_bytes
 from moeforge.plan.serving_shards import shards_of
 from moeforge.plan.serving_time import Decoder
@@ -125,4 +125,5 @@ def _cards(bus: Bus, count: int) -> tuple[HardwareProfile, ...]:
 
 def _request(gpus: tuple[HardwareProfile, ...], kv: KVDtype) -> ServingRequest:
     engine = EngineConfig(tensor_parallel_size=len(gpus), kv_cache_dtype=kv, block_size=BLOCK)
-    return ServingRequest(model_preset("skywork-moe"), gpus, "fp8", engine)
+    model = dataclasses.replace(model_preset("skywork-moe"), quantization=ONE_SCALE_EACH)
+    return ServingRequest(model, gpus, engine)

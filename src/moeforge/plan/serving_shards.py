@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from moeforge.config.model import ModelConfig
 from moeforge.layout import FFN_BLOCK, Layout
@@ -12,19 +13,31 @@ from moeforge.partition import Range, partition
 
 @dataclass(frozen=True)
 class ServingShard:
-    """What one rank holds: KV groups and feed-forward columns (of each expert) of every layer, vocabulary rows."""
+    """What one rank holds: which KV groups and feed-forward columns (of each expert) of every layer, and how many
+    vocabulary rows."""
 
-    kv_groups: tuple[int, ...]
-    columns: tuple[int, ...]
+    group_ranges: tuple[Range, ...]
+    column_ranges: tuple[Range, ...]
     vocab_rows: int
+
+    @cached_property
+    def kv_groups(self) -> tuple[int, ...]:
+        """How many of every layer."""
+        return tuple(map(_size, self.group_ranges))
+
+    @cached_property
+    def columns(self) -> tuple[int, ...]:
+        """How many of every layer."""
+        return tuple(map(_size, self.column_ranges))
 
 
 def shards_of(layout: Layout) -> tuple[ServingShard, ...]:
     """The shards of a layout made by `serving_layout`, in the order of ranks."""
     return tuple(
         ServingShard(
-            tuple(map(_size, shard.kv_groups)),
-            tuple(_size(a) + _size(b) for a, b in zip(shard.ffn_columns, experts.columns, strict=True)),
+            shard.kv_groups,
+            # A layer is dense or routed, and (0, 0) in the other.
+            tuple((a + c, b + d) for (a, b), (c, d) in zip(shard.ffn_columns, experts.columns, strict=True)),
             _size(shard.vocab_rows),
         )
         for shard, experts in zip(layout.ranks, layout.expert_ranks, strict=True)
@@ -33,7 +46,7 @@ def shards_of(layout: Layout) -> tuple[ServingShard, ...]:
 
 def unrotated_shards(model: ModelConfig, tp: int, weights: Sequence[float] | None) -> tuple[ServingShard, ...]:
     """The same division in every layer: the same ranks have the extra units throughout."""
-    groups = [_size(span) for span in partition(model.num_kv_heads, tp, weights)[0]]
+    groups = partition(model.num_kv_heads, tp, weights)[0]
     widths = {layer_width(model, layer) for layer in range(model.num_layers)}
     by_width = {width: _columns(width, tp, weights) for width in widths}
     rows = [_size(span) for span in partition(model.vocab_size, tp, weights)[0]]
@@ -57,8 +70,12 @@ def padded_shards(model: ModelConfig, tp: int) -> tuple[ServingShard, ...]:
         width = layer_width(model, layer)
         return share(width, FFN_BLOCK if width >= FFN_BLOCK * tp else 1)
 
-    every = tuple(columns(layer) for layer in range(model.num_layers))
-    return (ServingShard((share(model.num_kv_heads),) * model.num_layers, every, share(model.vocab_size)),) * tp
+    def ranges(rank: int, sizes: Sequence[int]) -> tuple[Range, ...]:
+        return tuple((rank * size, (rank + 1) * size) for size in sizes)
+
+    groups = (share(model.num_kv_heads),) * model.num_layers
+    every, rows = tuple(map(columns, range(model.num_layers))), share(model.vocab_size)
+    return tuple(ServingShard(ranges(rank, groups), ranges(rank, every), rows) for rank in range(tp))
 
 
 def layer_width(model: ModelConfig, layer: int) -> int:
@@ -66,9 +83,9 @@ def layer_width(model: ModelConfig, layer: int) -> int:
     return model.moe.expert_size if model.moe is not None and model.is_moe_layer(layer) else model.ffn_size
 
 
-def _columns(width: int, tp: int, weights: Sequence[float] | None) -> list[int]:
+def _columns(width: int, tp: int, weights: Sequence[float] | None) -> list[Range]:
     block = FFN_BLOCK if width >= FFN_BLOCK * tp else 1
-    return [min(e * block, width) - min(b * block, width) for b, e in partition(-(-width // block), tp, weights)[0]]
+    return [(min(b * block, width), min(e * block, width)) for b, e in partition(-(-width // block), tp, weights)[0]]
 
 
 def _size(span: Range) -> int:

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 from moeforge.config.gpus import shared_link
 from moeforge.config.hardware import HardwareProfile, Precision
@@ -44,6 +46,18 @@ class StepTime:
         return self.compute + self.all_reduce + self.gather + self.host
 
 
+class _Layer(NamedTuple):
+    """What a layer's time depends on: of each rank its KV groups and columns, and the bytes of attention and of the
+    feed-forward or one expert."""
+
+    groups: tuple[int, ...]
+    columns: tuple[int, ...]
+    attention: tuple[int, ...]
+    expert: tuple[int, ...]
+    routed: bool
+    window: int | None
+
+
 @dataclass(frozen=True)
 class Decoder:
     """The model on its ranks, or, as a pipeline stage, `layers` of it with or without its ends."""
@@ -63,10 +77,10 @@ class Decoder:
         """
         attention = ffn = head = 0.0
         busy = [0.0] * len(self.gpus)
-        for (groups, columns, routed, window), times in self._kinds().items():
-            live = min(context, window or context)
-            first = [self._attention(rank, groups[rank], batch, live) for rank in range(len(busy))]
-            second = [self._ffn(rank, columns[rank], routed, batch) for rank in range(len(busy))]
+        for layer, times in self._layers.items():
+            live = min(context, layer.window or context)
+            first = [self._attention(rank, layer, batch, live) for rank in range(len(busy))]
+            second = [self._ffn(rank, layer, batch) for rank in range(len(busy))]
             attention, ffn = attention + times * max(first), ffn + times * max(second)
             busy = [own + times * (a + f) for own, a, f in zip(busy, first, second, strict=True)]
         if self.head:
@@ -74,14 +88,18 @@ class Decoder:
             head, busy = max(third), [own + h for own, h in zip(busy, third, strict=True)]
         return StepTime(attention, ffn, head, self._all_reduces(batch), self._gather(batch), host_seconds, tuple(busy))
 
-    def _kinds(self) -> Counter[tuple[tuple[int, ...], tuple[int, ...], bool, int | None]]:
-        """Layers that take the same time, and how many of them there are."""
+    @cached_property
+    def _layers(self) -> Counter[_Layer]:
+        """Layers, and how many are alike."""
+        m, stored = self.model, self.stored
         return Counter(
-            (
+            _Layer(
                 tuple(shard.kv_groups[layer] for shard in self.shards),
                 tuple(shard.columns[layer] for shard in self.shards),
-                self.model.is_moe_layer(layer),
-                self.model.window(layer),
+                tuple(attention_bytes(m, layer, shard.group_ranges[layer], stored) for shard in self.shards),
+                tuple(expert_bytes(m, layer, shard.column_ranges[layer], stored) for shard in self.shards),
+                m.is_moe_layer(layer),
+                m.window(layer),
             )
             for layer in self.layers
         )
@@ -96,17 +114,17 @@ class Decoder:
             raise UserError(f"hardware profile {gpu.name}: matmul.{precision}: missing, the model computes in it")
         return gpu.matmul[precision][-1].tflops
 
-    def _attention(self, rank: int, groups: int, batch: int, live: int) -> float:
-        m = self.model
-        read = attention_bytes(m, groups, self.stored) + batch * live * groups * 2 * m.head_dim * self.stored.kv
+    def _attention(self, rank: int, layer: _Layer, batch: int, live: int) -> float:
+        m, groups = self.model, layer.groups[rank]
+        read = layer.attention[rank] + batch * live * groups * 2 * m.head_dim * self.stored.kv
         heads = groups * m.heads_per_group
         projections = 2 * batch * 2 * m.hidden_size * m.head_dim * (heads + groups)
         return self._seconds(rank, read, projections + 4 * batch * live * heads * m.head_dim)
 
-    def _ffn(self, rank: int, columns: int, routed: bool, batch: int) -> float:
-        m, one = self.model, expert_bytes(self.model, columns, self.stored)
-        flops = 2 * batch * 3 * m.hidden_size * columns
-        if m.moe is None or not routed:
+    def _ffn(self, rank: int, layer: _Layer, batch: int) -> float:
+        m, one = self.model, layer.expert[rank]
+        flops = 2 * batch * 3 * m.hidden_size * layer.columns[rank]
+        if m.moe is None or not layer.routed:
             return self._seconds(rank, one, flops)
         read = experts_touched(m, batch) * one + gate_bytes(m, self.stored)
         return self._seconds(rank, read, m.moe.top_k * flops + 2 * batch * m.hidden_size * m.moe.num_experts)

@@ -79,6 +79,8 @@ def reasons(plan: Plan, uniform: Plan, found: Found | None) -> list[str]:
         said.append(f"{memory}: nothing has to be recomputed")
     fits = "" if uniform.fits else ", and would not fit the memory"
     said.append(f"uniform stages take {uniform.step_seconds / step - 1:+.1%}{fits}")
+    if plan.work.expert_precision == "fp8" and plan.work.model.moe:
+        said.append(f"experts in FP8: memory is counted so, times are those of {plan.work.precision}")
     if found is None:
         return said
     if plan.gap < 1e-9:

@@ -31,6 +31,7 @@ class Workload:
     overlap_chunks: int = 1
     group_sequences: int = 1
     imbalance: float = 1.0
+    expert_precision: str = "same"
 
     @property
     def micro_batches(self) -> int:

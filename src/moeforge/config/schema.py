@@ -22,7 +22,9 @@ class RunSection(Section):
     )
     deterministic: bool = Field(
         default=False,
-        description="Use torch's deterministic algorithms, which exact resume on a GPU needs; slower.",
+        description="The same losses and weights, bit for bit, each time on the same devices, layout and versions, "
+        "which exact resume on a GPU needs: torch's deterministic algorithms, cuBLAS with fixed workspaces, NCCL "
+        "without sums in switches. Slower on GPUs; a CPU run repeats without it, given as many threads.",
     )
     similarity_every: CountOrZero = Field(
         default=20, description="Steps between two measurements of expert similarity (0 = never)."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -28,6 +27,7 @@ from moeforge.parallel import Mesh, launch
 from moeforge.parallel.consensus import require_same, together
 from moeforge.parallel.parameters import parameter_parts
 from moeforge.parallel.pipeline import share_tied
+from moeforge.train.determinism import prepare_libraries
 from moeforge.train.optimizer import MODEL_DTYPE
 from moeforge.train.resume import find_resume, finished
 from moeforge.train.trainer import Trainer
@@ -97,12 +97,11 @@ def prepare(
     `progress` is called with the number of tokens that were tokenised so far. Raises UserError for bad input, on all
     ranks what the first failing one found.
     """
+    if config.run.deterministic and torch.cuda.is_available():
+        prepare_libraries()
     device = launch.local_device(pick_device(config.model.device, "model.device"))
     if device.type == "cpu":
         keep_freed_memory()
-    if config.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    torch.use_deterministic_algorithms(config.run.deterministic)
     timeout = config.parallel.hang_timeout_seconds
     launch.initialise(device, timeout)
     watchdog = launch.start_watchdog(timeout)

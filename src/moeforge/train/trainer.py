@@ -29,6 +29,7 @@ from moeforge.parallel.pipeline import make_executor
 from moeforge.parallel.similarity import distributed_similarity
 from moeforge.parallel.traffic import Route
 from moeforge.train.balance import AdaptiveCoefficients, drop_rate
+from moeforge.train.determinism import repeatable
 from moeforge.train.metrics import MetricsLog, Row, distribution_rows, router_rows
 from moeforge.train.micro_batches import Lazy, MicroBatches, TrainData, targets_and_tokens
 from moeforge.train.optimizer import MODEL_DTYPE, Optimizer
@@ -106,6 +107,10 @@ class Trainer:
 
     def train_step(self) -> Row:
         """One optimiser step; returns its row of metrics, the same on every rank."""
+        with repeatable(self.config.run.deterministic):
+            return self._train_step()
+
+    def _train_step(self) -> Row:
         started = time.perf_counter()
         config, mesh, step = self.config, self.mesh, self.step + 1
         mesh.watchdog.at_step(step)
@@ -244,9 +249,10 @@ class Trainer:
         assert self.held_out is not None
         with self.mesh.watchdog.doing("reading data"):
             batches = self.micro_batches.held_out(self.held_out)
-        loss = self.executor.evaluate(
-            Lazy(len(batches), lambda i: self.micro_batches.prepare(batches[i], i, 1.0, None))
-        )
+        with repeatable(self.config.run.deterministic):
+            loss = self.executor.evaluate(
+                Lazy(len(batches), lambda i: self.micro_batches.prepare(batches[i], i, 1.0, None))
+            )
         targets = self.mesh.dp.all_reduce(targets_and_tokens(batches).to(self.mesh.device))[0]
         return EvalResult.of(self._over_ranks(loss).item(), int(targets)).loss
 

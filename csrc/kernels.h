@@ -36,6 +36,24 @@ struct Attention {
     int32_t e4m3;               // pages hold bytes of that kind, not bf16
 };
 
+// A layer of a model whose feed-forward is dense (no gate) or a mixture. w13 and w2: one matrix, or those of the experts.
+struct Layer {
+    const bf16 *attention_norm, *ffn_norm;  // [D]
+    const Weight *qkv, *o;
+    const bf16* qkv_bias;  // or null
+    const Gate* gate;
+    const Weight *w13, *w2;
+    Attention attention;  // but for table_width, which is a step's
+};
+
+// One new token of each of T sequences.
+struct Step {
+    const bf16 *cos, *sin;  // [T, h / 2]
+    const int64_t *slots;   // [T]: where its key and value go
+    const int64_t *table, *lengths;  // [T, table_width], [T]
+    int64_t table_width, tokens;
+};
+
 struct Kernels {
     const char* name;
     void (*linear)(const Weight&, const bf16* x, int64_t rows, const bf16* bias, bf16* out, int threads);
@@ -48,6 +66,7 @@ struct Kernels {
                             int threads);
     void (*split_qkv)(const bf16* qkv, const bf16* cos, const bf16* sin, int64_t tokens, int64_t groups,
                       int64_t heads_per_group, int64_t head_dim, bf16* q, bf16* k, bf16* v, int threads);
+    void (*add)(const bf16* x, bf16* to, int64_t count, int threads);
     void (*attend)(const Attention&, const bf16* q, const int64_t* table, const int64_t* lengths, int64_t sequences,
                    bf16* out, int threads);
 };

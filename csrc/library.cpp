@@ -1,5 +1,7 @@
 // The library's functions, all in C's calling convention, called through ctypes (src/moeforge/kernels/native.py).
+#include <algorithm>
 #include <cstring>
+#include <memory>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -41,12 +43,67 @@ void pack(const Item* from, int64_t outputs, int64_t inputs, int64_t together, b
     });
 }
 
+// Rows of `bytes` to the pages' rows `slots`.
+void write(const void* keys, const void* values, const int64_t* slots, int64_t rows, int64_t bytes, void* key_pages,
+           void* value_pages) {
+    for (int64_t r = 0; r < rows; ++r) {
+        std::memcpy(static_cast<char*>(key_pages) + slots[r] * bytes, static_cast<const char*>(keys) + r * bytes, bytes);
+        std::memcpy(static_cast<char*>(value_pages) + slots[r] * bytes, static_cast<const char*>(values) + r * bytes, bytes);
+    }
+}
+
+// Activations of one decode step. What one layer leaves here the next one overwrites.
+template <class Item>
+std::unique_ptr<Item[]> room(int64_t count) {
+    return std::unique_ptr<Item[]>(new Item[static_cast<size_t>(count)]);
+}
+
+// x [T, D] through the layers, in place: what the functions below do one by one, in the same order and rounded alike.
+void decode(const Layer* layers, int64_t count, const Step& step, float eps, bf16* x, int threads) {
+    const Kernels& k = *chosen;
+    const int64_t tokens = step.tokens, hidden = layers->qkv->inputs;
+    int64_t widest = 0, top_k = 0;
+    for (const Layer* layer = layers; layer < layers + count; ++layer) {
+        widest = std::max({widest, layer->qkv->outputs, layer->gate ? 0 : layer->w13->outputs});
+        top_k = std::max(top_k, layer->gate ? layer->gate->top_k : 0);
+    }
+    const auto u = room<bf16>(tokens * hidden), y = room<bf16>(tokens * hidden), wide = room<bf16>(tokens * widest),
+               parts = room<bf16>(tokens * widest), attended = room<bf16>(tokens * widest);
+    const auto weights = room<float>(tokens * top_k);
+    const auto experts = room<int64_t>(tokens * top_k);
+    for (const Layer* layer = layers; layer < layers + count; ++layer) {
+        Attention a = layer->attention;
+        a.table_width = step.table_width;
+        const int64_t heads = a.groups * a.heads_per_group * a.head_dim, kv = a.groups * a.head_dim;
+        bf16 *q = parts.get(), *key = q + tokens * heads, *value = key + tokens * kv;
+        k.rms_norm(x, layer->attention_norm, tokens, hidden, eps, u.get(), threads);
+        k.linear(*layer->qkv, u.get(), tokens, layer->qkv_bias, wide.get(), threads);
+        k.split_qkv(wide.get(), step.cos, step.sin, tokens, a.groups, a.heads_per_group, a.head_dim, q, key, value, threads);
+        write(key, value, step.slots, tokens, kv * static_cast<int64_t>(sizeof(bf16)), const_cast<void*>(a.keys),
+              const_cast<void*>(a.values));
+        k.attend(a, q, step.table, step.lengths, tokens, attended.get(), threads);
+        k.linear(*layer->o, attended.get(), tokens, nullptr, y.get(), threads);
+        k.add(y.get(), x, tokens * hidden, threads);
+        k.rms_norm(x, layer->ffn_norm, tokens, hidden, eps, u.get(), threads);
+        if (const Gate* gate = layer->gate) {
+            k.choose(*gate, u.get(), tokens, weights.get(), experts.get(), threads);
+            k.experts(layer->w13, layer->w2, gate->experts, u.get(), tokens, gate->top_k, experts.get(), weights.get(),
+                      y.get(), threads);
+        } else {
+            k.linear(*layer->w13, u.get(), tokens, nullptr, wide.get(), threads);
+            k.swiglu(wide.get(), tokens, layer->w2->inputs, parts.get(), threads);
+            k.linear(*layer->w2, parts.get(), tokens, nullptr, y.get(), threads);
+        }
+        k.add(y.get(), x, tokens * hidden, threads);
+    }
+}
+
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Counts changes of what is called and how: the caller must be of the same build.
-EXPORT int moeforge_abi() { return 1; }
+EXPORT int moeforge_abi() { return 2; }
 
 // The name of the instruction set in use.
 EXPORT const char* moeforge_name() { return chosen->name; }
@@ -106,16 +163,17 @@ EXPORT void moeforge_split_qkv(const bf16* qkv, const bf16* cos, const bf16* sin
     chosen->split_qkv(qkv, cos, sin, tokens, groups, heads_per_group, head_dim, q, k, v, threads);
 }
 
-// Rows of `bytes` to the pages' rows `slots`.
-EXPORT void moeforge_write(const char* keys, const char* values, const int64_t* slots, int64_t rows, int64_t bytes,
-                           char* key_pages, char* value_pages) {
-    for (int64_t r = 0; r < rows; ++r) {
-        std::memcpy(key_pages + slots[r] * bytes, keys + r * bytes, static_cast<size_t>(bytes));
-        std::memcpy(value_pages + slots[r] * bytes, values + r * bytes, static_cast<size_t>(bytes));
-    }
+EXPORT void moeforge_write(const void* keys, const void* values, const int64_t* slots, int64_t rows, int64_t bytes,
+                           void* key_pages, void* value_pages) {
+    write(keys, values, slots, rows, bytes, key_pages, value_pages);
 }
 
 EXPORT void moeforge_attend(const Attention* attention, const bf16* q, const int64_t* table, const int64_t* lengths,
                             int64_t sequences, bf16* out, int threads) {
     chosen->attend(*attention, q, table, lengths, sequences, out, threads);
+}
+
+// One new token of each sequence through all layers: x [T, D] is replaced.
+EXPORT void moeforge_decode(const Layer* layers, int64_t count, const Step* step, float eps, bf16* x, int threads) {
+    decode(layers, count, *step, eps, x, threads);
 }

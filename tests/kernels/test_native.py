@@ -163,7 +163,7 @@ def test_choosing_experts(
     x, w = torch.randn(tokens, d).bfloat16(), torch.randn(e, d)
     b = torch.randn(e) if bias else None
     expected = gate(F.linear(x.double(), w.double(), None if b is None else b.double()), k, scale, renormalize)
-    weights, experts = native.choose_experts(x, w, b, k, scale, renormalize)
+    weights, experts = native.NativeGate(w, b, k, scale, renormalize).choose(x)
     assert weights.dtype == torch.float32 and experts.dtype == torch.int64
     gaps = expected.logits.sort(dim=1, descending=True).values.diff(dim=1).abs()[:, :k]
     clear = (gaps > 1e-4).all(1)  # elsewhere float32 may order them otherwise
@@ -176,9 +176,9 @@ def test_ties_go_to_the_lower_index() -> None:
     w = torch.zeros(5, 16)
     w[3:] = 1.0
     for scale in (None, 1.0):
-        weights, experts = native.choose_experts(x, w, None, 3, scale, True)
+        weights, experts = native.NativeGate(w, None, 3, scale, True).choose(x)
         assert experts.tolist() == [[3, 4, 0]] and weights[0, 0] == weights[0, 1]
-    weights, experts = native.choose_experts(x, w * 0, None, 2, 1.0, True)
+    weights, experts = native.NativeGate(w * 0, None, 2, 1.0, True).choose(x)
     assert experts.tolist() == [[0, 1]] and weights.tolist() == [[0.5, 0.5]]
 
 
@@ -271,7 +271,7 @@ def test_what_the_library_does_not_take_goes_to_torch() -> None:
 
 
 def test_a_gate_scale_of_zero_makes_all_equal() -> None:
-    weights, experts = native.choose_experts(torch.randn(2, 16).bfloat16(), torch.randn(4, 16), None, 2, 0.0, False)
+    weights, experts = native.NativeGate(torch.randn(4, 16), None, 2, 0.0, False).choose(torch.randn(2, 16).bfloat16())
     assert (weights == 0.25).all() and experts.tolist() == [[0, 1]] * 2
 
 

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moeforge.kernels.backend import use_triton
 from moeforge.kernels.fp8_training import fp8_grouped_input_grad, fp8_grouped_matmul
-from moeforge.kernels.grouped import grouped_input_grad, grouped_matmul, grouped_weight_grad
+from moeforge.kernels.grouped import grouped_input_grad, grouped_matmul, grouped_swiglu, grouped_weight_grad
 from moeforge.kernels.permute import expert_rows
 from moeforge.kernels.swiglu import swiglu, swiglu_backward, swiglu_forward
 
@@ -41,6 +42,8 @@ def expert_mlp(x_RD: Tensor, w13: Tensor, w2: Tensor, offsets_E: Tensor, fp8: bo
     and backward the input and the up-projection [R, 2F] are kept; between the two halves of a split backward the
     up-projection's gradient too.
     """
+    if use_triton(x_RD) and not fp8 and not torch.is_grad_enabled():
+        return grouped_matmul(grouped_swiglu(x_RD, w13, offsets_E), w2, offsets_E)
     passes = _passes(x_RD, fp8)
     with torch.no_grad():
         y_RD, h = passes.forward(x_RD, w13, w2, offsets_E)

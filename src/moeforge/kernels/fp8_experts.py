@@ -6,8 +6,7 @@ from torch import Tensor
 
 from moeforge.kernels.backend import use_triton
 from moeforge.kernels.fp8_weight import Activations, Fp8Weight, fp8_expert_mlp_reference
-from moeforge.kernels.grouped import grouped_matmul
-from moeforge.kernels.swiglu import swiglu
+from moeforge.kernels.grouped import grouped_matmul, grouped_swiglu
 
 
 def fp8_expert_mlp(
@@ -21,6 +20,6 @@ def fp8_expert_mlp(
     """As `fp8_expert_mlp_reference`: by Triton where it runs, else in x's dtype, one dequantised expert at a
     time."""
     if use_triton(x_RD):
-        h = swiglu(grouped_matmul(x_RD, w13, offsets_E, activations, input_scales[0]))
-        return grouped_matmul(h, w2, offsets_E, activations, input_scales[1])
+        activation_RF = grouped_swiglu(x_RD, w13, offsets_E, activations, input_scales[0])
+        return grouped_matmul(activation_RF, w2, offsets_E, activations, input_scales[1])
     return fp8_expert_mlp_reference(x_RD, w13, w2, offsets_E, activations, input_scales, x_RD.dtype)

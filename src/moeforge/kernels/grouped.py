@@ -16,6 +16,7 @@ from torch import Tensor
 from moeforge.kernels.backend import use_triton
 from moeforge.kernels.fp8_weight import Activations, Fp8Weight, fp8_linear_reference
 from moeforge.kernels.permute import expert_rows
+from moeforge.kernels.swiglu import swiglu_forward
 
 
 def grouped_matmul(
@@ -38,6 +39,24 @@ def grouped_matmul(
 
         return kernels.grouped_matmul(x_RK, weight_ENK, offsets_E, activations, input_scale)
     return grouped_matmul_reference(x_RK, weight_ENK, offsets_E, activations, input_scale)
+
+
+def grouped_swiglu(
+    x_RD: Tensor,
+    w13: Tensor | Fp8Weight,
+    offsets_E: Tensor,
+    activations: Activations = "none",
+    input_scale: Tensor | None = None,
+) -> Tensor:
+    """silu(gate) * up of `grouped_matmul`'s result: [R, F] for w13 [E, 2F, D], gate rows first.
+
+    Triton's kernel does both, with the same bits: the result [R, 2F] is neither written nor read.
+    """
+    if use_triton(x_RD) and not (isinstance(w13, Tensor) and _cutlass(x_RD, w13)):
+        from moeforge.kernels.triton import grouped_matmul as kernels
+
+        return kernels.matmul(x_RD, w13, offsets_E, activations, input_scale, gated=True)
+    return swiglu_forward(grouped_matmul(x_RD, w13, offsets_E, activations, input_scale))
 
 
 def grouped_input_grad(grad_RN: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:

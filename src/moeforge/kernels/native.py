@@ -29,13 +29,13 @@ BLOCK = 128
 _int, _long, _float, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
-class _Weight(ctypes.Structure):
+class WeightStruct(ctypes.Structure):
     _fields_ = [("data", _pointer), ("scales", _pointer)] + [
         (name, _long) for name in ("outputs", "inputs", "blocks", "first_block", "scale_width")
     ]
 
 
-class _Gate(ctypes.Structure):
+class GateStruct(ctypes.Structure):
     _fields_ = [
         *((name, _pointer) for name in ("weight", "bias")),
         *((name, _long) for name in ("experts", "hidden", "top_k")),
@@ -44,7 +44,7 @@ class _Gate(ctypes.Structure):
     ]
 
 
-class _Attention(ctypes.Structure):
+class AttentionStruct(ctypes.Structure):
     _fields_ = [
         *((name, _pointer) for name in ("keys", "values")),
         *((name, _long) for name in ("page_size", "groups", "heads_per_group", "head_dim", "table_width", "window")),
@@ -65,11 +65,12 @@ _ARGUMENTS = {
     "swiglu_backward": [_pointer, _pointer, _long, _long, _pointer, _pointer, _int],
     "split_qkv": [*[_pointer] * 3, *[_long] * 4, *[_pointer] * 3, _int],
     "write": [_pointer, _pointer, _pointer, _long, _long, _pointer, _pointer],
+    "decode": [_pointer, _long, _pointer, _float, _pointer, _int],
     "attend": [_pointer, _pointer, _pointer, _pointer, _long, _pointer, _int],
 }
 
 
-_ABI = 1
+_ABI = 2
 """That of csrc/library.cpp."""
 
 
@@ -147,7 +148,7 @@ class NativeWeight:
                 order = order.view(2, -1, width).transpose(0, 1).flatten()
             by_row = scales.float()[order.clamp_max_(scales.shape[0] - 1)]
             self._scales = by_row.view(-1, 2, width, blocks).permute(0, 3, 1, 2).contiguous()
-        self.struct = _Weight(
+        self.struct = WeightStruct(
             self._data.data_ptr(),
             None if self._scales is None else self._scales.data_ptr(),
             outputs,
@@ -180,8 +181,8 @@ class NativeExperts:
 
     def __init__(self, w13: Sequence[NativeWeight], w2: Sequence[NativeWeight]) -> None:
         self._held = (*w13, *w2)
-        self._w13 = (_Weight * len(w13))(*(w.struct for w in w13))
-        self._w2 = (_Weight * len(w2))(*(w.struct for w in w2))
+        self.w13 = (WeightStruct * len(w13))(*(w.struct for w in w13))
+        self.w2 = (WeightStruct * len(w2))(*(w.struct for w in w2))
 
     def routed(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
         """Sum over k of weights_TK times the output of expert experts_TK (int64): [T, D]."""
@@ -190,9 +191,9 @@ class NativeExperts:
         out = torch.empty_like(x_TD)
         tokens, top_k = experts_TK.shape
         _library().moeforge_experts(
-            ctypes.addressof(self._w13),
-            ctypes.addressof(self._w2),
-            len(self._w13),
+            ctypes.addressof(self.w13),
+            ctypes.addressof(self.w2),
+            len(self.w13),
             x_TD.data_ptr(),
             tokens,
             top_k,
@@ -204,33 +205,33 @@ class NativeExperts:
         return out
 
 
-def choose_experts(
-    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, top_k: int, scale: float | None, renormalize: bool
-) -> tuple[Tensor, Tensor]:
-    """Weights [T, K] and experts [T, K] as `gate` chooses them by float32 logits of weight_ED and bias_E (float32)."""
-    x_TD = x_TD.contiguous()
-    tokens, hidden = x_TD.shape
-    assert top_k <= weight_ED.shape[0] and weight_ED.dtype == torch.float32
-    gate = _Gate(
-        weight_ED.data_ptr(),
-        None if bias_E is None else bias_E.data_ptr(),
-        weight_ED.shape[0],
-        hidden,
-        top_k,
-        math.nan if scale is None else scale,
-        renormalize,
-    )
-    weights_TK = torch.empty(tokens, top_k, dtype=torch.float32)
-    experts_TK = torch.empty(tokens, top_k, dtype=torch.int64)
-    _library().moeforge_choose(
-        ctypes.addressof(gate),
-        x_TD.data_ptr(),
-        tokens,
-        weights_TK.data_ptr(),
-        experts_TK.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return weights_TK, experts_TK
+class NativeGate:
+    """A gate: logits in float32 of weight [E, D] and bias [E] or None, both float32, then as `gate` chooses."""
+
+    def __init__(
+        self, weight_ED: Tensor, bias_E: Tensor | None, top_k: int, scale: float | None, renormalize: bool
+    ) -> None:
+        experts, hidden = weight_ED.shape
+        assert top_k <= experts and weight_ED.dtype == torch.float32 and weight_ED.is_contiguous()
+        self._held, self.top_k = (weight_ED, bias_E), top_k
+        bias = None if bias_E is None else bias_E.data_ptr()
+        scale = math.nan if scale is None else scale
+        self.struct = GateStruct(weight_ED.data_ptr(), bias, experts, hidden, top_k, scale, renormalize)
+
+    def choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights float32 and experts int64 of each token [T, K]."""
+        x_TD, tokens = x_TD.contiguous(), x_TD.shape[0]
+        weights_TK = torch.empty(tokens, self.top_k, dtype=torch.float32)
+        experts_TK = torch.empty(tokens, self.top_k, dtype=torch.int64)
+        _library().moeforge_choose(
+            ctypes.addressof(self.struct),
+            x_TD.data_ptr(),
+            tokens,
+            weights_TK.data_ptr(),
+            experts_TK.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return weights_TK, experts_TK
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -310,32 +311,37 @@ def write_pages(pages: Tensor, slots_T: Tensor, k_TGh: Tensor, v_TGh: Tensor) ->
     )
 
 
-def attend(q_BHh: Tensor, pages: Tensor, table_BP: Tensor, length_B: Tensor, window: int | None) -> Tensor:
-    """As `moeforge.kernels.paged_attention_decode`; h is a multiple of 16."""
+def attention_struct(pages: Tensor, heads: int, window: int | None, table_width: int = 0) -> AttentionStruct:
+    """Attention of `heads` over pages [2, P, S, G, h] as the library takes it; it holds their address alone."""
+    assert pages.is_contiguous()
     keys, values = pages
-    assert pages.is_contiguous() and table_BP.dtype == length_B.dtype == torch.int64
-    q_BHh, table_BP, length_B = q_BHh.contiguous(), table_BP.contiguous(), length_B.contiguous()
     _, page_size, groups, head_dim = keys.shape
-    sequences, heads, _ = q_BHh.shape
-    attention = _Attention(
+    return AttentionStruct(
         keys.data_ptr(),
         values.data_ptr(),
         page_size,
         groups,
         heads // groups,
         head_dim,
-        table_BP.shape[1],
+        table_width,
         window or 0,
         head_dim**-0.5,
         pages.dtype == torch.uint8,
     )
+
+
+def attend(q_BHh: Tensor, pages: Tensor, table_BP: Tensor, length_B: Tensor, window: int | None) -> Tensor:
+    """As `moeforge.kernels.paged_attention_decode`; h is a multiple of 16."""
+    assert table_BP.dtype == length_B.dtype == torch.int64
+    q_BHh, table_BP, length_B = q_BHh.contiguous(), table_BP.contiguous(), length_B.contiguous()
+    attention = attention_struct(pages, q_BHh.shape[1], window, table_BP.shape[1])
     out = torch.empty_like(q_BHh)
     _library().moeforge_attend(
         ctypes.addressof(attention),
         q_BHh.data_ptr(),
         table_BP.data_ptr(),
         length_B.data_ptr(),
-        sequences,
+        len(q_BHh),
         out.data_ptr(),
         torch.get_num_threads(),
     )

@@ -25,10 +25,10 @@ class PreparedExperts:
     ) -> None:
         ups, downs = _matrices(w13), _matrices(w2)
         self.deterministic, self.num_experts = deterministic, len(ups)
-        self._native: NativeExperts | None = None
+        self.native: NativeExperts | None = None
         self._prepared: list[tuple[PreparedWeight, PreparedWeight]] = []
         if ups and all(_takes(down, dtype) and can_panel(up, dtype) for up, down in zip(ups, downs, strict=True)):
-            self._native = NativeExperts([panels(up, gated=True) for up in ups], [panels(down) for down in downs])
+            self.native = NativeExperts([panels(up, gated=True) for up in ups], [panels(down) for down in downs])
         else:
             self._prepared = [
                 (PreparedWeight(up, dtype, deterministic), PreparedWeight(down, dtype, deterministic))
@@ -46,8 +46,8 @@ class PreparedExperts:
 
         The native library does all of it in one call, and adds in float32; otherwise tokens are sorted by expert first.
         """
-        if self._native is not None:
-            return self._native.routed(x_TD, weights_TK, experts_TK)
+        if self.native is not None:
+            return self.native.routed(x_TD, weights_TK, experts_TK)
         permutation = expert_permutation(experts_TK, self.num_experts, alignment=self._alignment(experts_TK.numel()))
         x_RD = gather(x_TD, permutation)
         y_RD = torch.empty_like(x_RD)

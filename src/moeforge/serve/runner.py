@@ -8,6 +8,7 @@ from torch import Tensor
 from moeforge.model import Dispatcher, ForwardContext, Shard, Transformer
 from moeforge.serve.graphs import DecodeGraphs, can_capture
 from moeforge.serve.kv_cache import KVCache
+from moeforge.serve.native_steps import NativeSteps
 from moeforge.serve.paged_attention import PagedAttention, TiledAttention
 from moeforge.serve.step import StepBatch
 
@@ -20,8 +21,11 @@ class Runner:
     ) -> None:
         self.model, self.cache, self.shard, self.dispatcher = model, cache, shard, dispatcher
         self.deterministic = deterministic
-        captured = can_capture(model.config, cache)
-        self._graphs = DecodeGraphs(model, cache, shard, dispatcher) if captured else None
+        self._steps: DecodeGraphs | NativeSteps | None = None
+        if can_capture(model.config, cache):
+            self._steps = DecodeGraphs(model, cache, shard, dispatcher)
+        elif not deterministic:
+            self._steps = NativeSteps.of(model, cache, shard)
 
     @property
     def num_blocks(self) -> int:
@@ -32,8 +36,8 @@ class Runner:
     def forward(self, batch: StepBatch) -> Tensor:
         """Logits [R, V] of the last token of each of the R sequences that sample, in their order; keys and values of
         all tokens are in the pages afterwards."""
-        if self._graphs is not None and self._graphs.take(batch):
-            return self._graphs.forward(batch)
+        if self._steps is not None and self._steps.take(batch):
+            return self._steps.forward(batch)
         tokens = [token for s in batch.sequences for token in s.tokens]
         positions = [position for s in batch.sequences for position in range(s.begin, s.end)]
         rows, row = [], 0

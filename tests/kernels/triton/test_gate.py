@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from moeforge.kernels import PreparedGate
 from moeforge.kernels import gate as public
 from moeforge.kernels.gate import Gate
 from moeforge.kernels.triton import gate
 from moeforge.kernels.triton.rows import tile
 
 from .compiling import ARCHITECTURES, cross_compile
+from .conftest import DTYPES
 
 
 def weighted(chosen: Gate, grads: list[Tensor | None]) -> Tensor:
@@ -93,6 +97,78 @@ def test_a_row_has_the_same_bits_in_any_company(device: str) -> None:
     for begin, end in ((0, 1), (77, 78), (3, 110)):
         for a, b in zip(public(raw[begin:end], 2, 1.0, True), together, strict=True):
             assert torch.equal(a, b[begin:end])
+
+
+def router(weight: Tensor, k: int, bias: Tensor | None = None, **options: Any) -> PreparedGate:
+    made = PreparedGate(weight, bias, k, **({"scale": 1.0, "renormalize": True} | options), dtype=weight.dtype)
+    assert made._fused is not None
+    return made
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.itemsize == 2])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "tokens, experts, columns, k, scale, renormalize",
+    [(70, 8, 100, 2, None, True), (5, 60, 264, 8, 0.5, False), (0, 16, 64, 2, 1.0, True), (33, 256, 40, 4, 1.0, True)],
+)
+def test_routing_agrees_with_float64(
+    tokens: int, experts: int, columns: int, k: int, scale: float | None, renormalize: bool, bias: bool,
+    dtype: torch.dtype, device: str,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    x, weight = torch.randn(tokens, columns).to(device, dtype), torch.randn(experts, columns).to(device, dtype) / 8
+    shift = torch.randn(experts).to(device, dtype) if bias else None
+    weights, chosen = router(weight, k, shift, scale=scale, renormalize=renormalize)(x)
+    raw = x.double() @ weight.double().t() + (0 if shift is None else shift.double())
+    exact = public(raw, k, scale, renormalize)
+    assert weights.dtype == torch.float32 and chosen.dtype == torch.int64 and torch.equal(chosen, exact.experts)
+    torch.testing.assert_close(weights.double(), exact.weights, rtol=1e-4, atol=1e-6)
+
+
+def test_routing_of_strided_tied_and_spoilt_rows(device: str) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(6, 48, device=device).half()
+    weight[4] = weight[1]
+    x = torch.randn(40, 60, device=device).half()[::2, 5:53]
+    weights, chosen = router(weight, 6)(x)
+    assert torch.equal(chosen, public(x.double() @ weight.double().t(), 6, 1.0, True).experts)
+    x[3, 7] = torch.nan
+    spoilt = router(weight, 6)(x)
+    assert spoilt[0][3].isnan().all() and sorted(spoilt[1][3].tolist()) == list(range(6))
+    others = torch.arange(20, device=device) != 3
+    assert torch.equal(spoilt[0][others], weights[others]) and torch.equal(spoilt[1][others], chosen[others])
+
+
+def test_routing_has_the_same_bits_in_any_company(device: str) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(100, 300, device=device).half(), torch.randn(16, 300, device=device).half()
+    together = router(weight, 2)(x)
+    for begin, end in ((0, 1), (77, 78), (3, 90)):
+        for a, b in zip(router(weight, 2)(x[begin:end]), together, strict=True):
+            assert torch.equal(a, b[begin:end])
+
+
+@pytest.mark.parametrize(
+    "experts, columns, dtype", [(257, 8, torch.float16), (128, 4097, torch.float16), (8, 8, torch.float32)]
+)
+def test_other_routers_have_a_matmul_of_their_own(experts: int, columns: int, dtype: torch.dtype, device: str) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, columns).to(device, dtype), torch.randn(experts, columns).to(device, dtype)
+    made = PreparedGate(weight, None, 2, None, True, dtype)
+    assert made._fused is None and torch.equal(
+        made(x)[1], public(x.double() @ weight.double().t(), 2, None, True).experts
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("experts", [16, 256])
+def test_routing_compiles_to_tensor_core_instructions(experts: int, architecture: int) -> None:
+    types = {"x_ptr": "*bf16", "router_ptr": "*bf16", "weight_ptr": "*fp32", "expert_ptr": "*i64"}
+    types |= {"tokens": "i32", "columns": "i32", "stride": "i32", "scale": "fp32", "least_variance": "fp32"}
+    constants = {"bias_ptr": None, "E": experts, "K": 2, "NORMALIZE": True, "RENORMALIZE": True, "TOKENS": gate._TOKENS}
+    constants |= {"EXPERTS": experts, "CHOICES": 2, "COLUMNS": gate._columns(experts)}
+    compiled = cross_compile(gate._route, architecture, types, constants, 4, 3)
+    assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16" in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

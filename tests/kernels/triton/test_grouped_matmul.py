@@ -14,15 +14,19 @@ from moeforge.kernels.triton.grouped_matmul import (
     grouped_input_grad,
     grouped_matmul,
     grouped_weight_grad,
+    matmul,
     matmul_kernel,
     weight_grad_kernel,
 )
+from moeforge.kernels.triton.swiglu import swiglu_forward
 
 from .compiling import ARCHITECTURES, cross_compile
 from .conftest import DTYPES
 
 SMALL = Config(16, 32, 4, 2, group_m=2)
 """Small tiles, so that small problems have several of each kind."""
+FEW, MANY = Config(16, 64, 4, 3), Config(64, 64, 4, 2)
+"""Tiles of which sm_90 sums both in the same instructions."""
 GROUPS = [[3, 0, 17, 1], [0, 0, 37], [21], [0, 5, 0, 0, 40, 0]]
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
@@ -164,12 +168,63 @@ def test_bits_of_a_row_do_not_depend_on_its_batch_mates(activations: str, device
     sizes, weight = [40, 9], fp8_weight(2, 64, 272, "block", device)
     plain = torch.randn(2, 64, 272, device=device).half()
     x = torch.randn(49, 272, device=device).half()
-    few, many = Config(16, 64, 4, 3), Config(64, 64, 4, 2)
     alone = offsets_of([0, 1], device)
     for w in (weight, plain):
         kind = activations if isinstance(w, Fp8Weight) else "none"
-        y = grouped_matmul(x, w, offsets_of(sizes, device), kind, config=many)
-        assert torch.equal(grouped_matmul(x[44:45], w, alone, kind, config=few), y[44:45])
+        y = grouped_matmul(x, w, offsets_of(sizes, device), kind, config=MANY)
+        assert torch.equal(grouped_matmul(x[44:45], w, alone, kind, config=FEW), y[44:45])
+
+
+def gated_by_hand(h: Tensor) -> Tensor:
+    gate, up = h.double().chunk(2, dim=1)
+    return torch.nn.functional.silu(gate) * up
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "sizes"), [(37, [3, 0, 17, 1]), (48, [0, 5, 0, 0, 40, 0])])
+def test_gated_products(width: int, sizes: list[int], dtype: torch.dtype, device: str) -> None:
+    """Against float64; and with the bits of the two kernels that the one replaces."""
+    torch.manual_seed(0)
+    x, offsets = torch.randn(sum(sizes), 45).to(device, dtype), offsets_of(sizes, device)
+    w13 = torch.randn(len(sizes), 2 * width, 45).to(device, dtype)
+    y = matmul(x, w13, offsets, config=FEW, gated=True)
+    assert_near(y, gated_by_hand(by_hand(x, w13, sizes)), 2 * TOLERANCE[dtype])
+    assert torch.equal(y, swiglu_forward(grouped_matmul(x, w13, offsets, config=FEW)))
+    assert torch.equal(y, matmul(x, w13, offsets, config=MANY, gated=True))
+
+
+@pytest.mark.parametrize(("kind", "first"), [("tensor", 0), ("channel", 0), ("block", 48)])
+def test_gated_products_of_fp8_weights(kind: str, first: int, device: str) -> None:
+    """The same, of a shard that begins at the column `first`; of static activations, of which some saturate; and of a
+    row alone."""
+    torch.manual_seed(0)
+    sizes, whole = [3, 0, 10], fp8_weight(3, 2 * 40, 176, kind, device)
+    w13, offsets = Fp8Weight(whole.values[:, :, first:], whole.scales, first), offsets_of(sizes, device)
+    x, fixed = torch.randn(13, 176 - first).to(device, torch.float16) / 100, torch.tensor(4e-5, device=device)
+    assert (x.abs() > 448 * fixed).any()
+    for activations, scale in (("none", None), ("dynamic", None), ("static", fixed)):
+        y = matmul(x, w13, offsets, activations, scale, MANY, gated=True)
+        exact = gated_by_hand(grouped_matmul_reference(x.double(), w13, offsets, activations, scale))
+        assert_near(y, exact, 2 * TOLERANCE[torch.float16])
+        assert torch.equal(y, swiglu_forward(grouped_matmul(x, w13, offsets, activations, scale, MANY)))
+        alone = matmul(x[7:8], w13, offsets_of([0, 0, 1], device), activations, scale, FEW, gated=True)
+        assert torch.equal(alone, y[7:8])
+
+
+def test_nan_stays_in_its_row_and_column_of_gated_products(device: str) -> None:
+    torch.manual_seed(0)
+    w13, offsets = fp8_weight(2, 48, 144, "block", device), offsets_of([4, 6], device)
+    w13.values.view(torch.uint8)[1, 5, 130] = 0xFF  # of the gate
+    w13.values.view(torch.uint8)[1, 24 + 11, 0] = 0x7F  # of up
+    x = torch.randn(10, 144, device=device)
+    x[2, 7], x[5, 7] = torch.nan, torch.inf
+    for activations in ("none", "dynamic"):
+        y = matmul(x, w13, offsets, activations, config=SMALL, gated=True)
+        apart = swiglu_forward(grouped_matmul(x, w13, offsets, activations, config=SMALL))
+        assert torch.equal(y.isnan(), apart.isnan()) and torch.equal(y.nan_to_num(), apart.nan_to_num())
+        assert y[2].isnan().all() and y[4:, [5, 11]].isnan().all()
+        y[2], y[5], y[4:, [5, 11]] = 0, 0, 0
+        assert y.isfinite().all()
 
 
 STRIDES = (
@@ -185,7 +240,13 @@ STRIDES = (
 
 
 def compile_matmul(
-    architecture: int, kind: Kind, rows: int, block_scales: bool = False, grouped: bool = True, transposed: bool = False
+    architecture: int,
+    kind: Kind,
+    rows: int,
+    block_scales: bool = False,
+    grouped: bool = True,
+    transposed: bool = False,
+    gated: bool = False,
 ) -> Any:
     """The default configuration of a bucket of rows, as a launch of contiguous tensors specialises it."""
     tile = default_config(kind, rows)
@@ -207,6 +268,7 @@ def compile_matmul(
         "GROUP_ROWS": 16,
         "BLOCK_SCALES": block_scales,
         "NATIVE": architecture >= 89 and kind == "w8a8",
+        "GATED": gated,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": BLOCK_K[kind],
@@ -227,6 +289,11 @@ def test_compiles_to_tensor_core_instructions(architecture: int) -> None:
         (compile_matmul(architecture, "16-bit", 128, transposed=True), wide.format(128, 16, "bf16.bf16")),
         (compile_matmul(architecture, "weight-only", 16, block_scales=True), wide.format(16, 16, "bf16.bf16")),
         (compile_matmul(architecture, "weight-only", 128, grouped=False), wide.format(128, 16, "bf16.bf16")),
+        (
+            compile_matmul(architecture, "weight-only", 16, block_scales=True, gated=True),
+            wide.format(16, 16, "bf16.bf16"),
+        ),
+        (compile_matmul(architecture, "w8a8", 64, block_scales=True, gated=True), wide.format(64, depth, operands)),
         (compile_matmul(architecture, "w8a8", 16), wide.format(16, depth, operands)),
         (compile_matmul(architecture, "w8a8", 128, block_scales=True), wide.format(128, depth, operands)),
     ):

@@ -1,4 +1,7 @@
-"""The gate and its gradient, each in one pass: a program has some tokens' logits of all experts in registers."""
+"""The gate and its gradient, each in one pass: a program has some tokens' logits of all experts in registers.
+
+For inference the router's matmul comes before, in the same kernel: the logits never leave the registers either.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from torch import Tensor
 from moeforge.kernels.triton.rows import as_rows, tile
 
 _ELEMENTS = 512
+_TOKENS = 32
+"""Of a program that has the router's matmul too."""
 
 
 @triton.jit
@@ -27,6 +32,26 @@ def _softmax(z, real):
     top = tl.max(tl.where(real, z, float("-inf")), 1, keep_dims=True)
     share = tl.where(real, tl.exp(z - top), 0.0)
     return share / tl.sum(share, 1, keep_dims=True)
+
+
+@triton.jit
+def _choose(z, probability, real, K: tl.constexpr, RENORMALIZE: tl.constexpr, CHOICES: tl.constexpr):
+    """Weights and experts (int64) of the K largest of the real columns of z, in falling order."""
+    expert, choice = tl.arange(0, z.shape[1])[None, :], tl.arange(0, CHOICES)[None, :]
+    key = tl.where(z == z, z, float("inf"))  # NaN comes first, as in torch; its rows need a choice too
+    free = real
+    chosen = tl.zeros((z.shape[0], CHOICES), tl.int32)
+    value = tl.zeros((z.shape[0], CHOICES), tl.float32)
+    for k in tl.static_range(K):
+        top = tl.max(tl.where(free, key, float("-inf")), 1, keep_dims=True)
+        first = tl.min(tl.where(free & (key == top), expert, z.shape[1]), 1, keep_dims=True)
+        taken = expert == first
+        free = free & ~taken
+        chosen = tl.where(choice == k, first, chosen)
+        source = z if RENORMALIZE else probability
+        value = tl.where(choice == k, tl.sum(tl.where(taken, source, 0.0), 1, keep_dims=True), value)
+    weight = _softmax(value, choice < K) if RENORMALIZE else value
+    return weight, chosen.to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -49,22 +74,36 @@ def _forward(
     probability = _softmax(z, real)
     tl.store(probability_ptr + token * E + expert, probability, inside)
 
-    key = tl.where(z == z, z, float("inf"))  # NaN comes first, as in torch; its rows need a choice too
-    free = real
-    chosen = tl.zeros((TOKENS, CHOICES), tl.int32)
-    value = tl.zeros((TOKENS, CHOICES), tl.float32)
-    for k in tl.static_range(K):
-        top = tl.max(tl.where(free, key, float("-inf")), 1, keep_dims=True)
-        first = tl.min(tl.where(free & (key == top), expert, EXPERTS), 1, keep_dims=True)
-        taken = expert == first
-        free = free & ~taken
-        chosen = tl.where(choice == k, first, chosen)
-        source = z if RENORMALIZE else probability
-        value = tl.where(choice == k, tl.sum(tl.where(taken, source, 0.0), 1, keep_dims=True), value)
-    weight = _softmax(value, choice < K) if RENORMALIZE else value
+    weight, chosen = _choose(z, probability, real, K, RENORMALIZE, CHOICES)
     inside = (token < tokens) & (choice < K)
     tl.store(weight_ptr + token * K + choice, weight, inside)
-    tl.store(expert_ptr + token * K + choice, chosen.to(tl.int64), inside)
+    tl.store(expert_ptr + token * K + choice, chosen, inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _route(
+    x_ptr, router_ptr, bias_ptr, weight_ptr, expert_ptr, tokens, columns, stride, scale, least_variance,
+    E: tl.constexpr, K: tl.constexpr, NORMALIZE: tl.constexpr, RENORMALIZE: tl.constexpr,
+    TOKENS: tl.constexpr, EXPERTS: tl.constexpr, CHOICES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    expert = tl.arange(0, EXPERTS)[None, :]
+    choice = tl.arange(0, CHOICES)[None, :]
+    real = expert < E
+    z = tl.zeros((TOKENS, EXPERTS), tl.float32)
+    for first in range(0, columns, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        x = tl.load(x_ptr + token * stride + column[None, :], (token < tokens) & (column < columns)[None, :], other=0.0)
+        router = tl.load(router_ptr + expert * columns + column[:, None], real & (column < columns)[:, None], other=0.0)
+        z = tl.dot(x, router, z)  # products of 16-bit numbers are exact in float32
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + expert, real, other=0.0)
+    if NORMALIZE:
+        z, _, _ = _normalized(z, real, scale, least_variance, E)
+    weight, chosen = _choose(z, _softmax(z, real), real, K, RENORMALIZE, CHOICES)
+    inside = (token < tokens) & (choice < K)
+    tl.store(weight_ptr + token * K + choice, weight, inside)
+    tl.store(expert_ptr + token * K + choice, chosen, inside)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -133,6 +172,31 @@ def gate_forward(
         num_warps=size.warps,
     )  # fmt: skip
     return probabilities, z, weights, chosen
+
+
+def route(
+    x_TD: Tensor, router_ED: Tensor, bias_E: Tensor | None, top_k: int, scale: float | None, renormalize: bool,
+    least_std: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Weights (float32) and experts (int64) [T, K] of the logits x W^T + b, summed in float32.
+
+    x and W of one 16-bit type, W contiguous. A token's bits do not depend on how many others there are.
+    """
+    x, (experts, columns) = as_rows(x_TD), router_ED.shape
+    weights = x.new_empty(len(x), top_k, dtype=torch.float32)
+    chosen = x.new_empty(len(x), top_k, dtype=torch.int64)
+    width = max(16, triton.next_power_of_2(experts))
+    _route[(triton.cdiv(len(x), _TOKENS),)](
+        x, router_ED, bias_E, weights, chosen, len(x), columns, x.stride(0), scale, least_std**2,
+        experts, top_k, scale is not None, renormalize, _TOKENS, width, triton.next_power_of_2(top_k), _columns(width),
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return weights, chosen
+
+
+def _columns(width: int) -> int:
+    """What a program sums at a time: as much of so many experts' weights as leaves room for three such parts."""
+    return min(128, 8192 // width)
 
 
 def gate_backward(

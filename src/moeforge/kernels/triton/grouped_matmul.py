@@ -17,6 +17,7 @@ from moeforge.kernels.fp8_weight import BLOCK, Activations, Fp8Weight
 from moeforge.kernels.triton import configs
 from moeforge.kernels.triton.configs import Config, Kind
 from moeforge.kernels.triton.fp8_convert import as_argument, e4m3_to, quantize_activations
+from moeforge.kernels.triton.swiglu import gated
 
 _SCALE_COLUMNS = tl.constexpr(BLOCK)
 
@@ -62,12 +63,13 @@ def matmul_kernel(
     GROUP_ROWS: tl.constexpr,
     BLOCK_SCALES: tl.constexpr,
     NATIVE: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    n_tiles = tl.cdiv(N, BLOCK_N)
+    n_tiles = tl.cdiv(2 * N if GATED else N, BLOCK_N)
     # Programs that run together share weights: the same column tile for GROUP_M row tiles, then the next.
     group = tl.program_id(0) // (GROUP_M * n_tiles)
     group_size = tl.minimum(tl.num_programs(0) // n_tiles - group * GROUP_M, GROUP_M)
@@ -82,16 +84,21 @@ def matmul_kernel(
 
     r = first + tl.arange(0, BLOCK_M)
     n = within // group_size * BLOCK_N + tl.arange(0, BLOCK_N)
+    w_n = n
+    if GATED:
+        # Eight rows of the gate, then those of up that they go with: tensor cores give both to one thread.
+        n = n // 16 * 8 + n % 8
+        w_n = n + w_n // 8 % 2 * N
     # With scales of blocks a tile of columns lies in one block, which is counted from the global first column.
     k = tl.arange(0, BLOCK_K)
     if BLOCK_SCALES:
         k -= column_offset
     r_inside, n_inside = r < end, n < N
-    r_long, n_long, expert_long = r.to(tl.int64), n.to(tl.int64), tl.cast(expert, tl.int64)
+    r_long, w_n_long, expert_long = r.to(tl.int64), w_n.to(tl.int64), tl.cast(expert, tl.int64)
     x_tile = x + r_long[None, :] * x_row + k[:, None] * x_column
-    w_tile = w + expert_long * w_expert + n_long[:, None] * w_row + k[None, :] * w_column
+    w_tile = w + expert_long * w_expert + w_n_long[:, None] * w_row + k[None, :] * w_column
     if w_scales is not None:
-        w_scales += expert_long * w_scale_expert + n // GROUP_ROWS * w_scale_row
+        w_scales += expert_long * w_scale_expert + w_n // GROUP_ROWS * w_scale_row
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for block in range(0, tl.cdiv(K + column_offset if BLOCK_SCALES else K, BLOCK_K)):
@@ -123,8 +130,13 @@ def matmul_kernel(
             acc *= tl.load(w_scales, mask=n_inside, other=0.0)[:, None]
         if x_scales is not None:
             acc *= tl.load(x_scales + r_long * x_scale_row, mask=r_inside, other=0.0)[None, :]
+    result = acc.to(y.dtype.element_ty)
+    if GATED:
+        gate, up = tl.split(result.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
+        result = gated(gate, up).to(y.dtype.element_ty).reshape(BLOCK_N // 2, BLOCK_M)
+        n = within // group_size * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
     out = y + r_long[None, :] * N + n[:, None]
-    tl.store(out, acc.to(y.dtype.element_ty), mask=n_inside[:, None] & r_inside[None, :])
+    tl.store(out, result, mask=(n < N)[:, None] & r_inside[None, :])
 
 
 @triton.jit
@@ -170,8 +182,10 @@ def matmul(
     activations: Activations = "none",
     input_scale: Tensor | None = None,
     config: Config | None = None,
+    gated: bool = False,
 ) -> Tensor:
-    """`grouped_matmul`; without offsets all rows belong to the one expert."""
+    """`grouped_matmul`; without offsets all rows belong to the one expert. `gated`: then `swiglu_forward`, in the same
+    kernel and with the same bits."""
     rows, y_dtype = x_RK.shape[0], x_RK.dtype
     x, w, x_scales = x_RK, weight_ENK, None
     kind: Kind = "float32" if y_dtype == torch.float32 else "16-bit"
@@ -185,14 +199,15 @@ def matmul(
             values, x_scales = quantize_activations(x_RK, fixed, w.block_offset)
             x = as_argument(values)
         w = as_argument(w.values)
-    experts, N, K = w.shape
+    experts, w_rows, K = w.shape
+    N = w_rows // 2 if gated else w_rows
     y = x.new_empty(rows, N, dtype=y_dtype)
     if not y.numel():
         return y
     tile = config or configs.config(kind, configs.bucket(rows, experts), x.device)
     partial = 1 if offsets_E is None else min(experts, rows)
     row_tiles = (rows + partial * (tile.block_m - 1)) // tile.block_m
-    matmul_kernel[(row_tiles * triton.cdiv(N, tile.block_n),)](
+    matmul_kernel[(row_tiles * triton.cdiv(w_rows, tile.block_n),)](
         x,
         w,
         y,
@@ -212,6 +227,7 @@ def matmul(
         GROUP_ROWS=group_rows,
         BLOCK_SCALES=scales is not None and scales.shape[-1] > 1,
         NATIVE=x.dtype == torch.float8_e4m3fn,
+        GATED=gated,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=configs.BLOCK_K[kind],

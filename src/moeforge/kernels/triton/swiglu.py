@@ -12,14 +12,20 @@ _ELEMENTS, _COLUMNS = 2048, 1024
 
 
 @triton.jit
+def gated(gate, up):
+    """silu(gate) * up in float32."""
+    gate = gate.to(tl.float32)
+    return gate * tl.sigmoid(gate) * up.to(tl.float32)
+
+
+@triton.jit
 def _forward(h_ptr, out_ptr, rows, columns, h_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < columns)
     h_ptr += row * h_stride + column
-    gate = tl.load(h_ptr, inside).to(tl.float32)
-    up = tl.load(h_ptr + columns, inside).to(tl.float32)
-    tl.store(out_ptr + row * columns + column, gate * tl.sigmoid(gate) * up, inside)
+    gate, up = tl.load(h_ptr, inside), tl.load(h_ptr + columns, inside)
+    tl.store(out_ptr + row * columns + column, gated(gate, up), inside)
 
 
 @triton.jit

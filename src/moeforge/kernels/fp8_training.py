@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moeforge.kernels.backend import use_triton
+from moeforge.kernels.fp8 import E4M3
 from moeforge.kernels.fp8_weight import Fp8Weight, quantize_activations
 from moeforge.kernels.grouped import grouped_matmul
 
@@ -22,10 +24,9 @@ def fp8_grouped_matmul(x_RK: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> T
     x_RK [R, K] sorted by expert, weight [E, N, K], offsets_E int32 [E] end rows. torch's scaled grouped matmul where
     the hardware has it (sm_90), else `grouped_matmul` over an `Fp8Weight`, which computes with the same values.
     """
-    values, scales = quantize_activations(weight_ENK)
-    values = values.contiguous()
+    values, scales = _rounded(weight_ENK)
     if _scaled_grouped_mm_takes(x_RK, values):
-        x_values, x_scales = quantize_activations(x_RK.contiguous())
+        x_values, x_scales = _round(x_RK.contiguous())
         return torch._scaled_grouped_mm(
             x_values,
             values.transpose(1, 2),
@@ -40,6 +41,25 @@ def fp8_grouped_matmul(x_RK: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> T
 def fp8_grouped_input_grad(grad_RN: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
     """`grouped_input_grad` of gradient and weight both rounded to e4m3: [R, K]."""
     return fp8_grouped_matmul(grad_RN, weight_ENK.transpose(1, 2), offsets_E)
+
+
+def _rounded(weight_ENK: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 values [E, N, K], contiguous, and scales [E, N, 1]: one expert after another, as wide copies are made."""
+    values = torch.empty(weight_ENK.shape, dtype=E4M3, device=weight_ENK.device)
+    scales = torch.empty(*weight_ENK.shape[:2], 1, dtype=torch.float32, device=weight_ENK.device)
+    for weight_NK, value_NK, scale_N1 in zip(weight_ENK, values, scales, strict=True):
+        for to, found in zip((value_NK, scale_N1), _round(weight_NK), strict=True):
+            to.copy_(found)
+    return values, scales
+
+
+def _round(x_RK: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_activations` with a scale for each row, by Triton where it runs: there without wide copies."""
+    if use_triton(x_RK):
+        from moeforge.kernels.triton import fp8_convert
+
+        return fp8_convert.quantize_activations(x_RK)
+    return quantize_activations(x_RK)
 
 
 def _scaled_grouped_mm_takes(x: Tensor, values: Tensor) -> bool:

@@ -92,18 +92,19 @@ class _Router:
 
 class _Products:
     """Grouped matmuls, and what those in FP8 hold besides (`kernels.fp8_training`, as on sm_90): both operands in e4m3,
-    made one after the other through float32 copies. Scales, one a row, are not counted."""
+    made through float32 copies, of weights one expert after another. Scales, one a row, are not counted."""
 
     def __init__(self, work: Workload) -> None:
         fp8, w = work.expert_precision == "fp8", width(work)
         copies = _ROUNDING if w != _FLOAT32 else _ROUNDING - 1  # it need not be widened
         self.rounded, self.on_the_way = (1 / w, copies * _FLOAT32 / w) if fp8 else (0.0, 0.0)
+        self.experts = work.experts
 
     def take(self, ledger: Ledger, weight: float, x: float, out: float) -> None:
         """A product of `out` bytes of a weight and an x of so many."""
-        for operand in (weight, x):
+        for operand, at_once in ((weight, weight / self.experts), (x, x)):
             ledger.take(operand * self.rounded)
-            ledger.visit(operand * self.on_the_way)
+            ledger.visit(at_once * self.on_the_way)
         ledger.take(out)
         ledger.free(weight * self.rounded, x * self.rounded)
 

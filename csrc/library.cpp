@@ -52,7 +52,6 @@ void write(const void* keys, const void* values, const int64_t* slots, int64_t r
     }
 }
 
-// Activations of one decode step. What one layer leaves here the next one overwrites.
 template <class Item>
 std::unique_ptr<Item[]> room(int64_t count) {
     return std::unique_ptr<Item[]>(new Item[static_cast<size_t>(count)]);
@@ -67,6 +66,7 @@ void decode(const Layer* layers, int64_t count, const Step& step, float eps, bf1
         widest = std::max({widest, layer->qkv->outputs, layer->gate ? 0 : layer->w13->outputs});
         top_k = std::max(top_k, layer->gate ? layer->gate->top_k : 0);
     }
+    // What one layer leaves here the next one overwrites.
     const auto u = room<bf16>(tokens * hidden), y = room<bf16>(tokens * hidden), wide = room<bf16>(tokens * widest),
                parts = room<bf16>(tokens * widest), attended = room<bf16>(tokens * widest);
     const auto weights = room<float>(tokens * top_k);

@@ -19,7 +19,6 @@ from moeforge.kernels.arena import long_lived
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.integers(1, 40_000), min_size=2, max_size=12))
 def test_parts_do_not_overlap_and_are_aligned(counts: list[int]) -> None:
-    arena._arena = arena._Arena()
     parts = [long_lived(count, torch.bfloat16) for count in counts]
     for number, part in enumerate(parts):
         part.fill_(number)

@@ -63,13 +63,18 @@ def test_one_process(case: Case) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("recompute", ["none", "ffn"])
 def test_experts_in_fp8(monkeypatch: pytest.MonkeyPatch, precision: str, recompute: str) -> None:
-    """As on sm_90, of whose product there is only the result here."""
+    """As on sm_90, of whose rounding and product there are only the results here."""
+
+    def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(x.shape, dtype=torch.float8_e4m3fn), torch.zeros(*x.shape[:-1], 1)
 
     def product(x: torch.Tensor, weight: torch.Tensor, *scales: Any, offs: Any, out_dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(len(x), weight.shape[2], dtype=out_dtype)
 
     monkeypatch.setattr(Experts, "trains_in_fp8", True)
     monkeypatch.setattr(fp8_training, "_scaled_grouped_mm_takes", lambda *operands: True)
+    monkeypatch.setattr(fp8_training, "_round", rounded)
+    monkeypatch.setattr(fp8_training, "_rounded", rounded)
     monkeypatch.setattr(torch, "_scaled_grouped_mm", product)
     layout = build_layout(MOE, recompute=recompute)
     measured = measured_bytes(layout, Mesh.single(layout, torch.device("cpu")), MOE, precision, 2, 512)
@@ -78,7 +83,7 @@ def test_experts_in_fp8(monkeypatch: pytest.MonkeyPatch, precision: str, recompu
     for work in (same, replace(same, expert_precision="fp8")):
         stage = predicted_stage(work, layout, 0)
         peaks.append(stage.kept + max(stage.forward_transient, stage.backward_transient))
-    assert peaks[1] == pytest.approx(measured, rel=0.01) and peaks[0] < 0.9 * measured
+    assert peaks[1] == pytest.approx(measured, rel=0.01) and peaks[0] < 0.98 * measured
 
 
 def _rank(rank: int, model: ModelConfig, layout: Layout, precision: str) -> tuple[int, list[int]]:

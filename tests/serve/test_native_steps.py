@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from moeforge.config.model import ModelConfig, MoEConfig
+from moeforge.config.model import ModelConfig, MoEConfig, RopeConfig
 from moeforge.config.quantization import QuantizationConfig
 from moeforge.kernels import native
 from moeforge.model import SingleShard, Transformer
@@ -35,19 +35,25 @@ WIDE = replace(DENSE, head_dim=80, num_heads=2, num_kv_heads=1, tie_embeddings=T
 FP8 = replace(MIXED, quantization=QuantizationConfig("block128", kept=("layers.1.attention.qkv",)))
 
 
+CHOOSY = replace(
+    DENSE,
+    rope=RopeConfig(kind="linear", factor=2.0),
+    moe=MoEConfig(num_experts=4, top_k=1, expert_size=16, gate_norm=1.0, gate_norm_learned=True, renormalize=False),
+)
+PLAIN_GATE = replace(CHOOSY, moe=MoEConfig(num_experts=3, top_k=3, expert_size=16, gate_norm=None))
+
+
 def build(config: ModelConfig) -> Transformer:
+    """In bf16, with scales of FP8 weights in float32; norms, biases and gates' scales are random too."""
     torch.manual_seed(0)
-    if config.quantization is None:
-        model = Transformer(config).bfloat16()
-    else:
-        with torch.device("cpu"):
-            model = Transformer(config)
-        for parameter in model.parameters():
-            if parameter.dtype == torch.float32 and not parameter.requires_grad:
-                continue  # scales
-            if parameter.dtype == torch.float32:
-                parameter.data = parameter.data.bfloat16()
+    model = Transformer(config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
     model.reset_parameters(std=0.2)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "norm.weight", "router.scale")):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return model
 
 
@@ -60,7 +66,10 @@ def batches() -> list[StepBatch]:
     return [StepBatch(tuple(steps)), StepBatch(tuple(steps[4:5])), StepBatch(tuple(steps[2:6]))]
 
 
-@pytest.mark.parametrize("config", [DENSE, MIXED, WIDE, FP8], ids=["dense", "mixed", "wide", "fp8"])
+CONFIGS = {"dense": DENSE, "mixed": MIXED, "wide": WIDE, "fp8": FP8, "choosy": CHOOSY, "plain gate": PLAIN_GATE}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_bits_and_pages_are_those_of_the_units(config: ModelConfig) -> None:
     fused, plain = (runner_of(build(config), 4) for _ in range(2))
     for cache in (fused.cache, plain.cache):

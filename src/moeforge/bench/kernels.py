@@ -130,7 +130,7 @@ class KernelBench:
     def _case(
         self, calls: Mapping[str, Sequence[Call]], limits: Limits, rows: int, weights: float, flops: float
     ) -> dict[str, Any]:
-        found = in_turn(limits.sides | {side: partial(_all, each) for side, each in calls.items()}, self.rounds)
+        found = limits.in_turn({side: partial(_all, each) for side, each in calls.items()}, self.rounds)
         case: dict[str, Any] = {"rows": rows}
         for side, bytes_each in _BYTES.items():
             count, read = len(calls[side]), weights * bytes_each
@@ -169,7 +169,7 @@ class KernelBench:
             },
         }
         flops = 4.0 * rows * LIVE_TOKENS * heads * config.head_dim
-        times = in_turn(limits.sides | {side: partial(_all, each) for side, each in attention.items()}, self.rounds)
+        times = limits.in_turn({side: partial(_all, each) for side, each in attention.items()}, self.rounds)
         found = {"attention": _beside_torch(times, layers)}
         found["attention"] |= limits.of(times, "moeforge", 2.0 * live * layers, flops * layers)
         for kernel, sides in small.items():

@@ -6,12 +6,12 @@ Both take turns with the kernel, as a machine that others use too gives twice as
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from moeforge.bench.kernels_timing import Seconds
+from moeforge.bench.kernels_timing import Seconds, in_turn
 
 _READ, _MATMUL = "read", "matmul"
 
@@ -29,21 +29,20 @@ class Limits:
         self.read: list[float] = []
         self.matmul: list[float] = []
 
-    @property
-    def sides(self) -> dict[str, Callable[[], object]]:
-        """What is to take turns with the kernels, as `in_turn` wants it."""
-        return {_READ: self._buffer.sum, _MATMUL: lambda: self._x @ self._w.t()}
+    def in_turn(self, sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+        """`kernels_timing.in_turn` of the sides and of these two."""
+        own: dict[str, Callable[[], object]] = {_READ: self._buffer.sum, _MATMUL: lambda: self._x @ self._w.t()}
+        found = in_turn(own | dict(sides), rounds)
+        self.read += [self._buffer.nbytes / seconds for seconds in found[_READ]]
+        self.matmul += [self._flops / seconds for seconds in found[_MATMUL]]
+        return found
 
     def of(self, found: Seconds, side: str, read_bytes: float, flops: float) -> dict[str, Any]:
-        """What limits a side that in a round reads so many bytes and computes so many FLOPs: the larger of the two
-        times; and the fraction of the limit that it reaches: the median over rounds."""
-        rounds = zip(found[_READ], found[_MATMUL], found[side], strict=True)
-        fractions: dict[str, list[float]] = {"memory": [], "matmul": []}
-        for reading, computing, seconds in rounds:
-            self.read.append(self._buffer.nbytes / reading)
-            self.matmul.append(self._flops / computing)
-            fractions["memory"].append(read_bytes / self.read[-1] / seconds)
-            fractions["matmul"].append(flops / self.matmul[-1] / seconds)
-        medians = {limit: statistics.median(each) for limit, each in fractions.items()}
-        limit = max(medians, key=lambda name: medians[name])
-        return {"limit": limit, "fraction_of_limit": medians[limit]}
+        """What mostly limits a side that in a round reads so many bytes and computes so many FLOPs: the larger of the
+        two times; and the fraction of the limit that it reaches: the median over rounds."""
+        limits, fractions = [], []
+        for reading, computing, seconds in zip(found[_READ], found[_MATMUL], found[side], strict=True):
+            times = {"memory": read_bytes * reading / self._buffer.nbytes, "matmul": flops * computing / self._flops}
+            limits.append(max(times, key=lambda name: times[name]))
+            fractions.append(times[limits[-1]] / seconds)
+        return {"limit": statistics.mode(limits), "fraction_of_limit": statistics.median(fractions)}

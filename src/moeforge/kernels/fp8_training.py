@@ -44,7 +44,11 @@ def fp8_grouped_input_grad(grad_RN: Tensor, weight_ENK: Tensor, offsets_E: Tenso
 
 
 def _rounded(weight_ENK: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 values [E, N, K], contiguous, and scales [E, N, 1]: one expert after another, as wide copies are made."""
+    """e4m3 values [E, N, K], contiguous, and scales [E, N, 1]. Where wide copies are made, or rows are not in order,
+    one expert after another."""
+    if use_triton(weight_ENK) and weight_ENK.is_contiguous():
+        both = _round(weight_ENK.flatten(0, 1))
+        return both[0].view(weight_ENK.shape), both[1].view(*weight_ENK.shape[:2], 1)
     values = torch.empty(weight_ENK.shape, dtype=E4M3, device=weight_ENK.device)
     scales = torch.empty(*weight_ENK.shape[:2], 1, dtype=torch.float32, device=weight_ENK.device)
     for weight_NK, value_NK, scale_N1 in zip(weight_ENK, values, scales, strict=True):

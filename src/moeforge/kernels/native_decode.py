@@ -68,14 +68,15 @@ class NativeDecode:
     def __call__(
         self, x_TD: Tensor, cos: Tensor, sin: Tensor, slots_T: Tensor, table_TP: Tensor, length_T: Tensor
     ) -> Tensor:
-        """Hidden states bf16 [T, D] after the last layer, of those before the first; keys and values are in the pages
-        afterwards. cos and sin bf16 [T, 1, h/2], the rest int64: slot = page * S + position in the page, pages of each
-        sequence filled up with any, and its positions with the new one."""
-        x_TD, cos, sin = x_TD.clone(memory_format=torch.contiguous_format), cos.contiguous(), sin.contiguous()
-        assert x_TD.dtype == cos.dtype == sin.dtype == torch.bfloat16
-        integers = slots_T, table_TP, length_T
-        assert all(x.dtype == torch.int64 and x.is_contiguous() for x in integers)
-        tensors = (cos, sin, *integers)
+        """Replaces the hidden states bf16 [T, D] before the first layer by those after the last, and returns them; keys
+        and values are in the pages afterwards. cos and sin bf16 [T, 1, h/2], the rest int64: slot = page * S + position
+        in the page, pages of each sequence filled up with any, and its positions with the new one."""
+        first, tensors = self._held[0], (cos, sin, slots_T, table_TP, length_T)
+        assert x_TD.shape[1] == first.qkv.inputs
+        assert cos.shape == sin.shape == (len(x_TD), 1, first.pages.shape[-1] // 2)
+        assert all(len(x) == len(x_TD) for x in tensors) and all(x.is_contiguous() for x in (x_TD, *tensors))
+        assert all(x.dtype == torch.bfloat16 for x in (x_TD, cos, sin))
+        assert all(x.dtype == torch.int64 for x in tensors[2:])
         step = _Step(*(x.data_ptr() for x in tensors), table_TP.shape[1], len(x_TD))
         arguments = ctypes.addressof(self._layers), len(self._layers), ctypes.addressof(step), self._eps
         library = native.library()
@@ -85,6 +86,8 @@ class NativeDecode:
 
 
 def _layer(layer: NativeLayer, heads: int) -> _Layer:
+    given = [x for x in (layer.attention_norm, layer.ffn_norm, layer.qkv_bias, layer.pages) if x is not None]
+    assert all(x.dtype == torch.bfloat16 and x.is_contiguous() for x in given)
     first, second = layer.ffn
     if isinstance(first, NativeGate):
         assert isinstance(second, NativeExperts)

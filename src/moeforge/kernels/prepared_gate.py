@@ -34,15 +34,16 @@ class PreparedGate:
         deterministic: bool = False,
     ) -> None:
         self._choice = top_k, scale, renormalize
-        wide, self._bias = widen(weight).contiguous(), None if bias is None else widen(bias).contiguous()
+        self._bias = None if bias is None else widen(bias).contiguous()
         self.native: NativeGate | None = None
         self._fused: Tensor | None = None
         self._prepared: PreparedWeight | None = None
         if dtype == torch.bfloat16 and weight.device.type == "cpu" and native.library() is not None:
-            self.native = NativeGate(wide, self._bias, top_k, scale, renormalize)
+            self.native = NativeGate(widen(weight).contiguous(), self._bias, top_k, scale, renormalize)
         elif _fuses(weight, dtype):
             self._fused = weight.contiguous()
         else:
+            wide = widen(weight)
             self._prepared = PreparedWeight(wide, wide.dtype, deterministic)
 
     def __call__(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,6 @@ from moeforge.plan.workload import Workload
 
 # Rows at which expert groups start for 16-bit numbers: see `kernels.permute`.
 _ALIGNMENT = 32
-# Float32 copies that rounding to e4m3 holds at once, widened, padded, divided and clamped: see `kernels.fp8_weight`.
-_ROUNDING, _FLOAT32 = 4, 4
 
 
 class RoutedFeedForward:
@@ -91,21 +89,15 @@ class _Router:
 
 
 class _Products:
-    """Grouped matmuls, and what those in FP8 hold besides (`kernels.fp8_training`, as on sm_90): both operands in e4m3,
-    made through float32 copies, of weights one expert after another. Scales, one a row, are not counted."""
+    """Grouped matmuls, and what those in FP8 hold besides (`kernels.fp8_training`, as on sm_90): both operands in e4m3.
+    Scales, one a row, are not counted, nor, on CPUs, the wide copies that rounding makes."""
 
     def __init__(self, work: Workload) -> None:
-        fp8, w = work.expert_precision == "fp8", width(work)
-        copies = _ROUNDING if w != _FLOAT32 else _ROUNDING - 1  # it need not be widened
-        self.rounded, self.on_the_way = (1 / w, copies * _FLOAT32 / w) if fp8 else (0.0, 0.0)
-        self.experts = work.experts
+        self.rounded = 1 / width(work) if work.expert_precision == "fp8" else 0.0
 
     def take(self, ledger: Ledger, weight: float, x: float, out: float) -> None:
         """A product of `out` bytes of a weight and an x of so many."""
-        for operand, at_once in ((weight, weight / self.experts), (x, x)):
-            ledger.take(operand * self.rounded)
-            ledger.visit(at_once * self.on_the_way)
-        ledger.take(out)
+        ledger.take(weight * self.rounded, x * self.rounded, out)
         ledger.free(weight * self.rounded, x * self.rounded)
 
 

@@ -76,7 +76,8 @@ def _feed_forward(model: ModelConfig, layer: int) -> tuple[str, str]:
 
 
 def gate_bytes(model: ModelConfig, stored: Storage) -> int:
-    """One layer's router, whole on every rank; inference keeps it in float32."""
+    """One layer's router, whole on every rank, in float32: as inference keeps it but for small ones on GPUs, which
+    Triton reads in 16 bits."""
     if model.moe is None:
         return 0
     moe, each = model.moe, max(_GATE, stored.other)

@@ -100,7 +100,7 @@ def make_runner(settings: EngineConfig, model: str, layout: Layout, rank: Rank) 
     if settings.deterministic and rank.device.type != "cpu":
         raise UserError("deterministic = true: is for device = cpu; a GPU's grouped matmuls cannot promise it")
     if rank.device.type == "cpu":
-        keep_freed_memory()  # and huge pages for the weights, which are read whole at every step
+        keep_freed_memory()  # and huge pages, for keys and values too
     config, checkpoint = _described(settings, model)
     dtype = named_dtype(settings.dtype) if checkpoint is None else pick_dtype(settings.dtype, checkpoint)
     free = free_bytes(rank.device)

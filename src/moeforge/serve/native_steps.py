@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeforge.kernels import linear, rms_norm
+from moeforge.kernels.backend import use_triton
 from moeforge.kernels.native_decode import NativeDecode, NativeFFN, NativeLayer
 from moeforge.model import Shard, Transformer
 from moeforge.model.units import Attention, FeedForward, MoEFeedForward
@@ -26,10 +27,12 @@ class NativeSteps:
     @classmethod
     def of(cls, model: Transformer, cache: KVCache, shard: Shard) -> NativeSteps | None:
         """None for a model that the library does not run whole: of several ranks, with norms of queries and keys or a
-        bias behind attention, in other dtypes than bf16, or with pages of 8 bits."""
+        bias behind attention, in other dtypes than bf16, with pages of 8 bits, heads of no multiple of 16, or matrices
+        that do not come in panels."""
         config = model.config
         whole = isinstance(shard, ServingShard) and shard.group.size == 1
-        if not whole or cache.fp8 or config.qk_norm != "none" or config.head_dim % 16:
+        plain = config.qk_norm == "none" and not config.output_bias and config.head_dim % 16 == 0
+        if not whole or not plain or cache.fp8 or use_triton(cache.layers[0]):
             return None
         units = dict(model.units())
         layers: list[NativeLayer] = []
@@ -39,13 +42,11 @@ class NativeSteps:
             qkv, o, parts = attention.qkv.prepared, attention.o.prepared, _native_ffn(ffn)
             if qkv is None or qkv.native is None or o is None or o.native is None or parts is None:
                 return None
-            if attention.o.bias is not None:
-                return None
-            norms = attention.norm.weight, ffn.norm.weight
+            # Views, which keep their storage alive whatever becomes of the parameter.
+            norms = attention.norm.weight.detach(), ffn.norm.weight.detach()
+            bias = None if attention.qkv.bias is None else attention.qkv.bias.detach()
             window = config.window(number)
-            layers.append(
-                NativeLayer(norms[0], qkv.native, attention.qkv.bias, o.native, norms[1], parts, pages, window)
-            )
+            layers.append(NativeLayer(norms[0], qkv.native, bias, o.native, norms[1], parts, pages, window))
         return cls(model, cache, layers)
 
     def take(self, batch: StepBatch) -> bool:

@@ -97,7 +97,7 @@ def prepare(
     `progress` is called with the number of tokens that were tokenised so far. Raises UserError for bad input, on all
     ranks what the first failing one found.
     """
-    if config.run.deterministic and torch.cuda.is_available():
+    if config.run.deterministic and config.model.device != "cpu" and torch.cuda.is_available():
         prepare_libraries()
     device = launch.local_device(pick_device(config.model.device, "model.device"))
     if device.type == "cpu":

@@ -100,7 +100,7 @@ def quantize_activations(
     blocks = triton.cdiv(offset + columns, SCALE_COLUMNS) if by_block else 1
     values = x_RK.new_empty(rows, columns, dtype=torch.uint8)
     scales = x_RK.new_empty(rows, blocks, dtype=torch.float32) if scale is None else scale
-    if rows:
+    if rows and blocks:
         quantize_kernel[(rows, blocks)](
             x_RK,
             values,

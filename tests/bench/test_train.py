@@ -27,6 +27,7 @@ def bench(tmp_path: Path) -> TrainBench:
     return TrainBench(tmp_path / "moe", tmp_path / "tokens.pt", made, 2, 16, runs=1, steps=1, note=lambda _: None)
 
 
+@pytest.mark.slow
 def test_both_sides_compute_the_same_loss(bench: TrainBench) -> None:
     result = bench.run(["ratio_fp32"])
     detail = result["detail_fp32"]

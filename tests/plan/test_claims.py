@@ -38,6 +38,7 @@ def test_utilisation_under_each_convention() -> None:
     assert figures["with full attention"] == "34.9%"
 
 
+@pytest.mark.slow
 def test_the_24_layer_example_gains_nothing_at_equal_device_count() -> None:
     figures = dict(claims.example_of_24_layers().figures)
     assert figures["m = 64: best split of 4 stages"].startswith("[6, 6, 6, 6], +0.0%")

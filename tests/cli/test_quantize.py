@@ -69,8 +69,10 @@ def test_quantize_then_eval_then_plan(
 
 
 def test_what_is_printed(model: Callable[..., Path], text: Path, tmp_path: Path, capsys: Any) -> None:
-    assert main(["quantize", str(model("dense")), str(tmp_path / "out"), "--text", str(text)]) == 0
+    texts = ["--text", str(text), "--calibration", str(text)]
+    assert main(["quantize", str(model("dense")), str(tmp_path / "out"), *texts]) == 0
     shown = capsys.readouterr()
+    assert "scales by block128, activations none, rounding gptq" in shown.out
     assert "perplexity" in shown.out and "599 tokens" in shown.out and "self_attn.q_proj.weight" in shown.out
     assert f"hidden_size = {SIZES['hidden_size']}" in shown.err and "other engines misread" in shown.err
 
@@ -83,7 +85,9 @@ def test_without_a_tokenizer_there_is_no_perplexity(
         file.unlink()
     result = run("quantize", source, tmp_path / "out", "--scales", "channel")
     assert result["perplexity_before"] is result["perplexity_after"] is None and result["perplexity_tokens"] == 0
-    for more in (["--text", str(text)], ["--activations", "static", "--scales", "tensor"], ["--rounding", "gptq"]):
+    assert result["rounding"] == "nearest"
+    texts = [["--text", str(text)], ["--calibration", str(text)]]
+    for more in (*texts, ["--activations", "static", "--scales", "tensor"], ["--rounding", "gptq"]):
         assert main(["quantize", str(source), str(tmp_path / "no"), *more]) == 2
 
 
@@ -92,7 +96,10 @@ def test_without_a_tokenizer_there_is_no_perplexity(
     [
         (["--keep", "router"], "--keep router: no matrix is called so"),
         (["--activations", "static"], "scales = 'block128'"),
-        (["--calibration", "x.txt"], "--calibration: is only read with --activations static or --rounding gptq"),
+        (
+            ["--calibration", "x.txt", "--rounding", "nearest"],
+            "--calibration: is only read with --activations static or --rounding gptq",
+        ),
         (["--rounding", "up"], "'up' is not one of"),
         (["--format", "fp4"], "'fp4' is not"),
         (["--scales", "row"], "'row' is not one of"),
@@ -112,7 +119,7 @@ def test_what_is_refused(
 
 def test_it_is_not_done_twice(model: Callable[..., Path], run: Run, text: Path, tmp_path: Path, capsys: Any) -> None:
     source, out = model("dense"), tmp_path / "out"
-    run("quantize", source, out, "--text", text)
+    run("quantize", source, out, "--text", text, "--rounding", "nearest")
     assert main(["quantize", str(out), str(tmp_path / "again")]) == 2
     assert "is FP8 already" in capsys.readouterr().err
     assert main(["quantize", str(source), str(out)]) == 2
@@ -122,7 +129,7 @@ def test_it_is_not_done_twice(model: Callable[..., Path], run: Run, text: Path, 
 def test_an_fp8_source_is_dequantised_for_upcycling(
     model: Callable[..., Path], run: Run, text: Path, tmp_path: Path
 ) -> None:
-    run("quantize", model("dense"), tmp_path / "fp8", "--text", text)
+    run("quantize", model("dense"), tmp_path / "fp8", "--text", text, "--rounding", "nearest")
     result = run("upcycle", tmp_path / "fp8", tmp_path / "moe", "--experts", "4", "--verify")
     assert result["max_logit_diff"] <= result["rounding_bound"]
     assert open_checkpoint(tmp_path / "moe").config.quantization is None

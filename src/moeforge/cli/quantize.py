@@ -41,12 +41,12 @@ def command(
         ),
     ] = "none",
     rounding: Annotated[
-        Literal["nearest", "gptq"],
+        Literal["nearest", "gptq"] | None,
         typer.Option(
             help="The nearest values, or those that GPTQ finds on a text: each column of a weight makes up for the "
-            "errors of those before it."
+            "errors of those before it; default: gptq, nearest for a model without a tokenizer."
         ),
-    ] = "nearest",
+    ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(
@@ -71,8 +71,7 @@ def command(
 
     The report is also in OUT, as quantization_report.json.
     """
-    calibrated = activations == "static" or rounding == "gptq"
-    if calibration is not None and not calibrated:
+    if calibration is not None and activations != "static" and rounding == "nearest":
         raise UserError("--calibration: is only read with --activations static or --rounding gptq")
     words = None if text is None else read_text("--text", text)
     calibration_words = None if calibration is None else read_text("--calibration", calibration)
@@ -94,7 +93,9 @@ def command(
     if scales == "block128" and (odd := _no_blocks(before.config)):
         note = f"warning: {odd}: no multiple of 128; we read such blocks, other engines misread them or refuse"
         stderr_console().print(f"{note} (--scales channel and tensor have none)", highlight=False)
-    read, held_out = _tokens(before, calibration_words, words, calibrated)
+    if rounding is None:
+        rounding = "gptq" if before.has_tokenizer or calibration is not None else "nearest"
+    read, held_out = _tokens(before, calibration_words, words, activations == "static" or rounding == "gptq")
 
     def perplexity(checkpoint: Checkpoint, title: str) -> EvalResult | None:
         if held_out is None:

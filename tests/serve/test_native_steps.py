@@ -12,7 +12,6 @@ from moeforge.config.model import ModelConfig, MoEConfig, RopeConfig
 from moeforge.config.quantization import QuantizationConfig
 from moeforge.kernels import native
 from moeforge.model import SingleShard, Transformer
-from moeforge.serve.kv_cache import KVCache
 from moeforge.serve.native_steps import NativeSteps
 from moeforge.serve.step import SequenceStep, StepBatch
 
@@ -111,4 +110,3 @@ def test_other_dtypes_pages_ranks_and_modes(monkeypatch: pytest.MonkeyPatch) -> 
     assert NativeSteps.of(runner.model, runner.cache, SingleShard()) is None  # that of training, or of a virtual rank
     monkeypatch.setattr(native, "library", lambda: None)
     assert runner_of(build(DENSE), 4)._steps is None
-    assert isinstance(runner.cache, KVCache)

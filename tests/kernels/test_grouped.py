@@ -86,6 +86,7 @@ def test_fp8_weights(dtype: torch.dtype, device: str) -> None:
     sizes, x = [4, 0, 17], torch.randn(21, 144).to(device, dtype)
     weight = Fp8Weight(to_e4m3(torch.randn(3, 32, 144)).to(device), torch.rand(3, 2, 2, device=device))
     wide, scale = dequantize(weight, torch.float64), torch.tensor(0.005, device=device)
+    offsets = offsets_of(sizes, device)
     for activations in ("none", "dynamic", "static"):
         inputs = x.double()
         if activations != "none":
@@ -94,7 +95,7 @@ def test_fp8_weights(dtype: torch.dtype, device: str) -> None:
             inputs = values.double() * by_column.double()
         exact = torch.cat([part @ w.T for part, w in zip(inputs.split(sizes), wide, strict=True)])
         with no_synchronisation(device, dtype):
-            y = grouped_matmul(x, weight, offsets_of(sizes, device), activations, scale)
+            y = grouped_matmul(x, weight, offsets, activations, scale)
         assert y.dtype == dtype
         assert_near(y, exact)
 

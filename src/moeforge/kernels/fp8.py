@@ -16,6 +16,13 @@ def to_e4m3(x: Tensor) -> Tensor:
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
+def e4m3_scale(largest: Tensor) -> Tensor:
+    """The float32 scale that takes magnitudes up to `largest` to E4M3_MAX: largest / 448, 1 where that is no normal
+    number. The same bits on every device."""
+    scale = largest / torch.full_like(largest, E4M3_MAX)  # GPUs multiply by the inverse of a Python number
+    return torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+
+
 def from_e4m3(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in `dtype`, exactly."""
     if x.device.type != "cpu":

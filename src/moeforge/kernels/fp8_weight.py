@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeforge.kernels.fp8 import E4M3_MAX, from_e4m3, to_e4m3
+from moeforge.kernels.fp8 import e4m3_scale, from_e4m3, to_e4m3
 from moeforge.kernels.permute import expert_rows
 from moeforge.kernels.swiglu import swiglu
 
@@ -79,8 +79,7 @@ def quantize_activations(
             blocks = F.pad(x, (0, 0 if columns else 1)).unsqueeze(-2)  # of no columns there is no maximum
         else:
             blocks = F.pad(x, (offset, -(offset + columns) % BLOCK)).unflatten(-1, (-1, BLOCK))
-        scale = blocks.abs().amax(-1) / E4M3_MAX
-        scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+        scale = e4m3_scale(blocks.abs().amax(-1))
     return to_e4m3(x / _by_column(scale, columns, offset)), scale
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moeforge.checkpoint.fp8_scales import row_scales
 from moeforge.config.quantization import Scales
-from moeforge.kernels.fp8 import E4M3_MAX, to_e4m3
+from moeforge.kernels.fp8 import e4m3_scale, to_e4m3
 from moeforge.kernels.fp8_weight import BLOCK
 from moeforge.quantize.gptq import gptq
 
@@ -31,8 +31,7 @@ def quantize_weight(weight_NK: Tensor, scales: Scales, inputs_RK: Tensor | None 
     else:
         padded = F.pad(wide, (0, -wide.shape[1] % BLOCK, 0, -wide.shape[0] % BLOCK))
         largest = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).abs().amax((1, 3))
-    stored = largest / E4M3_MAX
-    stored = torch.where(stored < torch.finfo(torch.float32).tiny, 1.0, stored)
+    stored = e4m3_scale(largest)
     spread = _spread(stored, wide, scales)
     if inputs_RK is None:
         return to_e4m3(wide / spread), stored

@@ -254,9 +254,9 @@ def compile_matmul(
     e4m3 = "*fp8e4nv" if architecture >= 89 else "*u8"
     types = dict.fromkeys(("rows", "N", "K", "x_scale_row", *STRIDES), "i32")
     fp8 = kind in ("weight-only", "w8a8") or block_scales
-    types |= {"x": e4m3 if kind == "w8a8" else x, "w": e4m3 if fp8 else x, "y": x}
+    types |= {"x": {"w8a8": e4m3, "weight-only": "*fp16"}.get(kind, x), "w": e4m3 if fp8 else x, "y": x}
     types |= {"w_scales": "*fp32"} if fp8 else {}
-    types |= {"x_scales": "*fp32"} if kind == "w8a8" else {}
+    types |= {"x_scales": "*fp32"} if kind in ("weight-only", "w8a8") else {}
     types |= {"offsets": "*i32"} if grouped else {}
     if transposed:
         types["w_column"] = types.pop("w_row")
@@ -267,6 +267,8 @@ def compile_matmul(
         "PADDED": 16,
         "GROUP_ROWS": 16,
         "BLOCK_SCALES": block_scales,
+        "X_BLOCK_SCALES": block_scales and kind == "w8a8",
+        "EIGHT_BITS": kind == "w8a8",
         "NATIVE": architecture >= 89 and kind == "w8a8",
         "GATED": gated,
         "BLOCK_M": tile.block_m,
@@ -287,11 +289,11 @@ def test_compiles_to_tensor_core_instructions(architecture: int) -> None:
     for compiled, instruction in (
         (compile_matmul(architecture, "16-bit", 16), wide.format(16, 16, "bf16.bf16")),
         (compile_matmul(architecture, "16-bit", 128, transposed=True), wide.format(128, 16, "bf16.bf16")),
-        (compile_matmul(architecture, "weight-only", 16, block_scales=True), wide.format(16, 16, "bf16.bf16")),
-        (compile_matmul(architecture, "weight-only", 128, grouped=False), wide.format(128, 16, "bf16.bf16")),
+        (compile_matmul(architecture, "weight-only", 16, block_scales=True), wide.format(16, 16, "f16.f16")),
+        (compile_matmul(architecture, "weight-only", 128, grouped=False), wide.format(128, 16, "f16.f16")),
         (
             compile_matmul(architecture, "weight-only", 16, block_scales=True, gated=True),
-            wide.format(16, 16, "bf16.bf16"),
+            wide.format(16, 16, "f16.f16"),
         ),
         (compile_matmul(architecture, "w8a8", 64, block_scales=True, gated=True), wide.format(64, depth, operands)),
         (compile_matmul(architecture, "w8a8", 16), wide.format(16, depth, operands)),

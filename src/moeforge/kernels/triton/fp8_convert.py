@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moeforge.kernels.fp8 import E4M3
 from moeforge.kernels.fp8_weight import BLOCK as SCALE_COLUMNS
+from moeforge.kernels.triton.rows import tile
 
 _BLOCK = 1024
 
@@ -88,6 +89,41 @@ def quantize_kernel(
         inside = (column >= 0) & (column < end)
         part = tl.load(x + column * x_column, mask=inside, other=0.0).to(tl.float32)
         tl.store(values + row * columns + column, to_e4m3_bytes(tl.div_rn(part, scale)), mask=inside)
+
+
+@triton.jit
+def float16_kernel(x, values, scales, columns, x_row, x_column, BLOCK: tl.constexpr):
+    """A program has a row."""
+    row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    x += row * x_row
+    largest = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, columns, BLOCK):
+        column = first + lane
+        part = tl.load(x + column * x_column, mask=column < columns, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(part).to(tl.int32, bitcast=True))
+    exponent = tl.minimum(tl.maximum(tl.max(largest, 0) >> 23, 32), 250)  # biased: as far as both scales are normal
+    scale = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    inverse = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+    tl.store(scales + row, scale)
+    for first in range(0, columns, BLOCK):
+        column = first + lane
+        part = tl.load(x + column * x_column, mask=column < columns, other=0.0).to(tl.float32)
+        tl.store(values + row * columns + column, (part * inverse).to(tl.float16), mask=column < columns)
+
+
+def scaled_float16(x_RK: Tensor) -> tuple[Tensor, Tensor]:
+    """x as float16 values [R, K] and the power of two [R, 1], float32, that they are to be multiplied by.
+
+    The largest of a row comes to between 2^14 and 2^15: what float16 cannot hold of bfloat16 values is then at most
+    2^-39 of it. GPUs have an instruction from e4m3 to float16, and none to bfloat16.
+    """
+    rows, columns = x_RK.shape
+    values = x_RK.new_empty(rows, columns, dtype=torch.float16)
+    scales = x_RK.new_empty(rows, 1, dtype=torch.float32)
+    if rows:
+        size = tile(columns, 1, 1 << 14)
+        float16_kernel[(rows,)](x_RK, values, scales, columns, *x_RK.stride(), size.columns, num_warps=size.warps)
+    return values, scales
 
 
 def quantize_activations(

@@ -16,7 +16,7 @@ from torch import Tensor
 from moeforge.kernels.fp8_weight import BLOCK, Activations, Fp8Weight
 from moeforge.kernels.triton import configs
 from moeforge.kernels.triton.configs import Config, Kind
-from moeforge.kernels.triton.fp8_convert import as_argument, e4m3_to, quantize_activations
+from moeforge.kernels.triton.fp8_convert import as_argument, e4m3_to, quantize_activations, scaled_float16
 from moeforge.kernels.triton.swiglu import gated
 
 _SCALE_COLUMNS = tl.constexpr(BLOCK)
@@ -62,6 +62,8 @@ def matmul_kernel(
     PADDED: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     BLOCK_SCALES: tl.constexpr,
+    X_BLOCK_SCALES: tl.constexpr,
+    EIGHT_BITS: tl.constexpr,
     NATIVE: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -107,7 +109,7 @@ def matmul_kernel(
             k_inside &= k >= 0
         x_part = tl.load(x_tile, mask=k_inside[:, None] & r_inside[None, :], other=0.0)
         w_part = tl.load(w_tile, mask=n_inside[:, None] & k_inside[None, :], other=0.0)
-        if x_scales is None:
+        if not EIGHT_BITS:
             product = tl.dot(e4m3_to(w_part, x_part.dtype), x_part, input_precision="ieee")
         elif NATIVE:
             # On sm_90 sums of e4m3 products are only exact to 14 bits: no more than a block's go without float32.
@@ -117,7 +119,7 @@ def matmul_kernel(
         if BLOCK_SCALES:
             scale = block * BLOCK_K // _SCALE_COLUMNS
             product *= tl.load(w_scales + scale * w_scale_column, n_inside)[:, None]
-            if x_scales is not None:
+            if X_BLOCK_SCALES:
                 x_scale = x_scales + r_long * x_scale_row + scale * x_scale_column
                 product *= tl.load(x_scale, mask=r_inside, other=0.0)[None, :]
         acc += product
@@ -125,10 +127,10 @@ def matmul_kernel(
         x_tile += BLOCK_K * x_column
         w_tile += BLOCK_K * w_column
 
-    if not BLOCK_SCALES:
-        if w_scales is not None:
-            acc *= tl.load(w_scales, mask=n_inside, other=0.0)[:, None]
-        if x_scales is not None:
+    if w_scales is not None and not BLOCK_SCALES:
+        acc *= tl.load(w_scales, mask=n_inside, other=0.0)[:, None]
+    if x_scales is not None:
+        if not X_BLOCK_SCALES:
             acc *= tl.load(x_scales + r_long * x_scale_row, mask=r_inside, other=0.0)[None, :]
     result = acc.to(y.dtype.element_ty)
     if GATED:
@@ -198,6 +200,8 @@ def matmul(
             fixed = input_scale if activations == "static" else None
             values, x_scales = quantize_activations(x_RK, fixed, w.block_offset)
             x = as_argument(values)
+        elif y_dtype == torch.bfloat16:
+            x, x_scales = scaled_float16(x_RK)
         w = as_argument(w.values)
     experts, w_rows, K = w.shape
     N = w_rows // 2 if gated else w_rows
@@ -219,13 +223,15 @@ def matmul(
         K,
         *x.stride(),
         *w.stride(),
-        *(x_scales.stride() if x_scales is not None and activations == "dynamic" else (0, 0)),
+        *(x_scales.stride() if x_scales is not None and x_scales.dim() else (0, 0)),
         *((0, 0, 0) if scales is None else scales.stride()),
         column_offset,
         EXPERTS=experts,
         PADDED=triton.next_power_of_2(experts),
         GROUP_ROWS=group_rows,
         BLOCK_SCALES=scales is not None and scales.shape[-1] > 1,
+        X_BLOCK_SCALES=x_scales is not None and x_scales.dim() > 0 and x_scales.shape[1] > 1,
+        EIGHT_BITS=kind == "w8a8",
         NATIVE=x.dtype == torch.float8_e4m3fn,
         GATED=gated,
         BLOCK_M=tile.block_m,

@@ -106,17 +106,62 @@ def test_bf16_gradients_are_scaled_without_a_systematic_error() -> None:
         assert ratio.item() == pytest.approx(scale, rel=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [11, 64, 65])
+def test_rows_of_logits_are_aligned_and_one_buffer_serves_all_chunks(
+    columns: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_CHUNK", 4)
+    torch.manual_seed(0)
+    x, weight = (torch.randn(rows, 6).to(dtype).requires_grad_() for rows in (10, columns))
+    targets = torch.randint(columns, (10,))
+    seen, inner = [], module._softmax_minus_target
+
+    def recorded(logits: Tensor, *rest: Any, **options: Any) -> Tensor:
+        assert torch.equal(logits, x[4 * len(seen) :][:4] @ weight.t())
+        seen.append((logits.data_ptr(), logits.shape, logits.stride()))
+        return inner(logits, *rest, **options)
+
+    monkeypatch.setattr(module, "_softmax_minus_target", recorded)
+    linear_cross_entropy(x, weight, targets).backward()
+    assert [shape for _, shape, _ in seen] == [(4, columns), (4, columns), (2, columns)]
+    assert len({pointer for pointer, _, _ in seen}) == 1
+    assert {stride for _, _, stride in seen} == {(128 if columns > 64 else 64, 1)}
+
+
+@pytest.mark.cuda
+def test_an_odd_vocabulary_on_a_gpu() -> None:
+    """Its last columns are multiplied apart."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(5000, 64, device="cuda"), torch.randn(1003, 64, device="cuda") / 8
+    targets = torch.randint(1003, (5000,), device="cuda")
+    exact = [t.double().requires_grad_() for t in (x, weight)]
+    expected = F.cross_entropy(exact[0] @ exact[1].t(), targets, reduction="sum")
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        ours = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        loss = linear_cross_entropy(*ours, targets)
+        for found, grad in zip(
+            torch.autograd.grad(loss, ours), torch.autograd.grad(expected, exact, retain_graph=True), strict=True
+        ):
+            assert (found.double() - grad).norm() <= tolerance * grad.norm()
+        assert abs(float(loss) / float(expected) - 1) <= tolerance
+
+
 def test_evaluation_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, targets = problem(4, torch.float64)
     expected = linear_cross_entropy(x, weight, targets)
 
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a gradient was computed")
+    products, mm = [], torch.mm
 
-    monkeypatch.setattr(torch, "mm", refuse)
+    def counted(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        products.append(out.shape)
+        return mm(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", counted)
     with torch.no_grad():
         loss = linear_cross_entropy(x, weight, targets)
     assert torch.equal(loss, expected) and not loss.requires_grad
+    assert products == [(4, 11)]  # the logits
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight"])

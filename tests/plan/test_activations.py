@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from moeforge.kernels import experts, fp8_training
 from moeforge.layout import Layout, build_layout, unit_names
 from moeforge.model.units import Experts
 from moeforge.parallel import Mesh
+from moeforge.plan import activations
 from moeforge.plan.activations import unit_activations
 from moeforge.plan.expert_activations import padding_rows
 from moeforge.plan.stage_memory import stage_activations, stage_boundary
@@ -58,6 +60,14 @@ def _one_thread() -> Iterator[None]:
 def test_one_process(case: Case) -> None:
     found = compare(case)
     assert abs(found["error"]) <= 0.02, found
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_several_chunks_of_logits_of_odd_length(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    monkeypatch.setattr(importlib.import_module("moeforge.kernels.cross_entropy"), "_CHUNK", 384)
+    monkeypatch.setattr(activations, "_CHUNK", 384)
+    found = compare(Case("odd", replace(DENSE, vocab_size=4097, num_layers=1), precision, 1, 512))
+    assert abs(found["error"]) <= 0.01, found
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

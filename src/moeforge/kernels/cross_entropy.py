@@ -7,16 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeforge.kernels.backend import use_triton
 from moeforge.kernels.precision import widen
 
-# Rows of logits that exist at once: enough for efficient matmuls, 100 MB at a vocabulary of 49,152 in bf16.
-_CHUNK = 1024
+# Rows of logits that exist at once: 100 MB at a vocabulary of 49,152 in bf16 are enough for a CPU's matmuls. GPUs take
+# more, so that the weight's gradient, which may be as large, is read, rounded and written less often.
+_CHUNK, _CUDA_CHUNK = 1024, 4096
+# Rows of logits start at multiples of so many columns: cuBLAS has only slow kernels for rows of odd length.
+_ALIGNMENT = 64
 # Rows that are widened to float32 and normalised at once: what stays in a processor's cache.
 _BLOCK = 64
 
 
 def _softmax_minus_target(logits: Tensor, targets: Tensor, ignore: int, keep: bool) -> Tensor:
     """Sum of the losses of logits [R, V]; with `keep` the logits become their own gradients."""
+    if use_triton(logits):
+        from moeforge.kernels.triton import cross_entropy as on_gpu
+
+        return on_gpu.softmax_minus_target(logits, targets, ignore, keep).sum()
     loss = torch.zeros((), dtype=widen(logits[:0]).dtype, device=logits.device)
     for block, target in zip(logits.split(_BLOCK), targets.split(_BLOCK), strict=True):
         wide = widen(block)
@@ -66,19 +74,33 @@ def _loss_and_gradients(
     loss = torch.zeros((), dtype=widen(x[:0]).dtype, device=x.device)
     grad_x = torch.empty_like(x) if wanted else None
     grad_weight = None
-    for start in range(0, x.shape[0], _CHUNK):
-        part = slice(start, start + _CHUNK)
-        logits = x[part] @ weight.t()
+    tokens, columns = x.shape[0], weight.shape[0]
+    chunk = min(_CUDA_CHUNK if x.is_cuda else _CHUNK, tokens)
+    buffer = x.new_empty(chunk, -(-columns // _ALIGNMENT) * _ALIGNMENT)[:, :columns]
+    even, *odd = _even_first(columns, x.is_cuda)
+    for start in range(0, tokens, chunk or 1):
+        part = slice(start, start + chunk)
+        logits = buffer[: min(chunk, tokens - start)]
+        for some in (even, *odd):
+            torch.mm(x[part], weight[some].t(), out=logits[:, some])
         loss += _softmax_minus_target(logits, targets[part], ignore, keep=wanted)
         if grad_x is None:
             continue
         # The gradients are made while the logits are at hand, and scaled by the incoming scalar later.
-        torch.mm(logits, weight, out=grad_x[part])
+        torch.mm(logits[:, even], weight[even], out=grad_x[part])
+        for some in odd:
+            grad_x[part].addmm_(logits[:, some], weight[some])
         if grad_weight is None:
-            grad_weight = logits.t() @ x[part]
-        else:
-            grad_weight.addmm_(logits.t(), x[part])
+            grad_weight = torch.empty_like(weight)
+        for some in (even, *odd):
+            grad_weight[some].addmm_(logits[:, some].t(), x[part], beta=1 if start else 0)
     return loss, grad_x, grad_weight
+
+
+def _even_first(columns: int, on_gpu: bool) -> list[slice]:
+    """All columns, on GPUs with those that are left over from multiples of 16 bytes apart: see `_ALIGNMENT`."""
+    even = columns // 8 * 8 if on_gpu else columns
+    return [slice(even), slice(even, columns)] if 0 < even < columns else [slice(columns)]
 
 
 def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, ignore: int = -100) -> Tensor:

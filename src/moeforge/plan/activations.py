@@ -31,8 +31,9 @@ from moeforge.plan.pieces import (
 )
 from moeforge.plan.workload import Workload
 
-# Rows of logits at once, and of those that are widened at once: see `kernels.cross_entropy`.
-_CHUNK, _BLOCK = 1024, 64
+# Rows of logits at once, as on GPUs, of those that are widened at once, and columns that rows are filled up to
+# multiples of: see `kernels.cross_entropy`. Rows at once over ranks: see `parallel.cross_entropy`.
+_CHUNK, _BLOCK, _COLUMNS, _PARALLEL_CHUNK = 4096, 64, 64, 1024
 
 
 @dataclass(frozen=True)
@@ -230,8 +231,9 @@ class _Head:
         self.region, self.norm = Region(work), Norm(work, work.own_tokens, work.model.hidden_size)
         self.matrix = vocabulary_gradient_bytes(work)
         self.held_gradients = self.region.outside
-        chunk = min(_CHUNK, work.tokens)
-        self.logits = chunk * work.vocab_rows * w
+        chunk = min(_CHUNK if self.region.alone else _PARALLEL_CHUNK, work.tokens)
+        columns = -(-work.vocab_rows // _COLUMNS) * _COLUMNS if self.region.alone else work.vocab_rows
+        self.logits = chunk * columns * w
         self.again = min(chunk, work.tokens - chunk) * work.vocab_rows * w
         self.narrow = w != wide
         self.widened = self.logits // w * wide
@@ -245,15 +247,9 @@ class _Head:
             if self.narrow:
                 ledger.visit(self.blocks)
             ledger.take(self.matrix)
-            if self.again:  # a name holds the last chunk until the next one is there
-                ledger.take(self.again)
-                ledger.free(self.logits)
-                if self.narrow:
-                    ledger.visit(min(self.blocks, self.again * 2))
-                ledger.free(self.again)
-            else:
-                ledger.free(self.logits)
-            ledger.free(self.region.outside)
+            if self.narrow:  # of the next chunk, which takes the place of the last one
+                ledger.visit(min(self.blocks, self.again * 2))
+            ledger.free(self.logits, self.region.outside)
             return
         ledger.take(self.region.travelling, self.region.inside, self.matrix)
         ledger.take(self.logits)

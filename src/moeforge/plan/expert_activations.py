@@ -7,7 +7,7 @@ K top-k, N = t K assignments, b ranks of a block, R rows that a rank computes. S
 from __future__ import annotations
 
 from moeforge.plan.ledger import Ledger
-from moeforge.plan.pieces import INT64, Norm, hidden_bytes, wide_width, width
+from moeforge.plan.pieces import INT32, INT64, Norm, hidden_bytes, wide_width, width
 from moeforge.plan.workload import Workload
 
 # Rows at which expert groups start for 16-bit numbers: see `kernels.permute`.
@@ -62,8 +62,8 @@ class _Router:
         if moe.gate_norm is not None:
             self.kept += self.logits + 4 * t * wide
         self.valid = work.tokens * wide
-        # One-hot choices of all T tokens and their running sums; sums take int64.
-        self.counting = 2 * work.tokens * k * e * INT64 + 2 * work.tokens * k * INT64
+        # Which expert each assignment of all T tokens goes to: of every expert a bool, which a sum makes an int32.
+        self.counting = work.tokens * k * (e * (1 + INT32) + INT64)
         self.gathered = 0.0 if work.tp == 1 else work.own_tokens * work.tp * (3 * e + k) * wide
 
     def forward(self, ledger: Ledger) -> None:

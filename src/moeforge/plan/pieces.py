@@ -8,7 +8,7 @@ from __future__ import annotations
 from moeforge.plan.ledger import Ledger
 from moeforge.plan.workload import Workload
 
-INT64 = 8
+INT32, INT64 = 4, 8
 _WIDTH = {"bf16": 2, "bf16_pure": 2, "fp32": 4, "fp64": 8}
 
 

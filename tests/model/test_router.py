@@ -13,7 +13,7 @@ from torch import Tensor
 from moeforge.config.model import MoEConfig
 from moeforge.kernels import normalize_logits
 from moeforge.model import DenseAttention, ForwardContext, RouterRecord, RoutingGroups
-from moeforge.model.router import Router, auxiliary_loss, capacity, group_load
+from moeforge.model.router import Router, auxiliary_loss, capacity, group_load, group_rank
 
 D = 6
 
@@ -121,14 +121,35 @@ def test_capacity_drops_exactly_the_overflow_in_token_order(case: tuple[Any, ...
         assert routing.kept_TK.tolist() == [[flag] * k for flag in flags]
 
 
-def test_group_load_counts_ranks_within_each_group() -> None:
+def test_group_load_and_rank_count_within_each_group() -> None:
     experts = torch.tensor([[0, 1], [1, 0], [1, 2], [2, 0]])
-    load, rank = group_load(experts, 3, RoutingGroups(2))
-    assert load.tolist() == [[2, 2, 0], [1, 1, 2]]
-    assert rank.tolist() == [[0, 0], [1, 1], [0, 0], [1, 0]]
-    load, rank = group_load(experts, 3, RoutingGroups(1, torch.tensor([True, False, True, True])))
-    assert load.tolist() == [[2, 2, 2]]
-    assert rank[[0, 2, 3]].tolist() == [[0, 0], [1, 0], [1, 1]]
+    groups = RoutingGroups(2)
+    assert group_load(experts, 3, groups).tolist() == [[2, 2, 0], [1, 1, 2]]
+    assert group_rank(experts, 3, groups).tolist() == [[0, 0], [1, 1], [0, 0], [1, 0]]
+    groups = RoutingGroups(1, torch.tensor([True, False, True, True]))
+    assert group_load(experts, 3, groups).tolist() == [[2, 2, 2]]
+    assert group_rank(experts, 3, groups)[[0, 2, 3]].tolist() == [[0, 0], [1, 0], [1, 1]]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 6), st.integers(1, 3), st.integers(0, 2**31), st.booleans())
+def test_group_load_and_rank_equal_a_count_by_hand(n: int, size: int, k: int, seed: int, padded: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    e, tokens = 4, n * size
+    # As torch's gate gives them: the first columns of an order of all experts, so rows are apart.
+    experts = torch.rand(tokens, e, generator=generator).argsort(1)[:, :k]
+    valid = torch.rand(tokens, generator=generator) < 0.6 if padded else torch.ones(tokens, dtype=torch.bool)
+    groups = RoutingGroups(n, valid if padded else None)
+    load, rank = group_load(experts, e, groups), group_rank(experts, e, groups)
+    assert load.dtype == rank.dtype == torch.int64 and load.shape == (n, e) and rank.shape == experts.shape
+    counted = [[0] * e for _ in range(n)]
+    for token in range(tokens):
+        if valid[token]:
+            group = counted[token // size]
+            assert rank[token].tolist() == [group[j] for j in experts[token].tolist()]
+            for j in experts[token].tolist():
+                group[j] += 1
+    assert load.tolist() == counted
 
 
 def test_capacity_rounds_up() -> None:

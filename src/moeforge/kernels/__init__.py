@@ -14,6 +14,7 @@ from moeforge.kernels.prepared_experts import PreparedExperts
 from moeforge.kernels.prepared_gate import PreparedGate
 from moeforge.kernels.qkv import split_qkv, split_rotated_qkv
 from moeforge.kernels.rope import rotate
+from moeforge.kernels.router import router_logits
 from moeforge.kernels.swiglu import swiglu, swiglu_invariant
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "normalize_logits",
     "rms_norm",
     "rotate",
+    "router_logits",
     "row_alignment",
     "split_qkv",
     "split_rotated_qkv",

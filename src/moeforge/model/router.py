@@ -6,11 +6,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeforge.config.model import MoEConfig
-from moeforge.kernels import PreparedGate, gate, linear
+from moeforge.kernels import PreparedGate, gate, router_logits
 from moeforge.kernels.precision import widen
 from moeforge.model.context import ForwardContext, RoutingGroups
 from moeforge.model.record import AuxLoss
@@ -49,19 +48,30 @@ class _AttachLoss(torch.autograd.Function):
         return grads[0], ctx.saved_tensors[0], None
 
 
-def group_load(experts_TK: Tensor, num_experts: int, groups: RoutingGroups) -> tuple[Tensor, Tensor]:
-    """Assignments per group and expert [n, E] and the assignments' running rank within them [T, K] (token order).
+def _choices(experts_TK: Tensor, num_experts: int, groups: RoutingGroups) -> Tensor:
+    """Which expert each of a group's assignments, in token order, goes to: bool [n, E, T * K / n]; padding to none.
 
-    Padding is not counted; its rank is meaningless.
+    Assignments lie side by side, so that GPUs count and scan them fast.
     """
-    tokens, k = experts_TK.shape
-    one_hot = F.one_hot(experts_TK, num_experts)
+    experts = experts_TK.reshape(groups.count, 1, -1)
+    chosen = experts == torch.arange(num_experts, device=experts.device).unsqueeze(1)
     if groups.valid_T is not None:
-        one_hot = one_hot * groups.valid_T[:, None, None]
-    one_hot = one_hot.view(groups.count, -1, num_experts)
-    running = one_hot.cumsum(1)
-    rank = running.view(tokens, k, num_experts).gather(2, experts_TK.unsqueeze(2)).squeeze(2) - 1
-    return running[:, -1], rank
+        chosen &= groups.valid_T[:, None].expand_as(experts_TK).reshape(experts.shape)
+    return chosen
+
+
+def group_load(experts_TK: Tensor, num_experts: int, groups: RoutingGroups) -> Tensor:
+    """Assignments per group and expert, int64 [n, E]; padding is not counted."""
+    return _choices(experts_TK, num_experts, groups).sum(2, dtype=torch.int32).long()
+
+
+def group_rank(experts_TK: Tensor, num_experts: int, groups: RoutingGroups) -> Tensor:
+    """How many assignments of its group come before each one at the same expert, int64 [T, K] (token order).
+
+    Padding is not counted; its own rank is meaningless.
+    """
+    running = _choices(experts_TK, num_experts, groups).cumsum(2, dtype=torch.int32)
+    return running.gather(1, experts_TK.reshape(groups.count, 1, -1)).view(experts_TK.shape).long() - 1
 
 
 def capacity(assignments: Tensor, num_experts: int, factor: float) -> Tensor:
@@ -118,8 +128,7 @@ class Router(nn.Module):
         """
         if self.prepared is not None:
             return x_tD, Routing(*self.prepared(x_tD), None)
-        bias = None if self.bias is None else widen(self.bias)
-        raw_tE = linear(widen(x_tD), widen(self.weight), bias)
+        raw_tE = router_logits(x_tD, self.weight, self.bias)
         scale: float | Tensor | None = self.moe.gate_norm if self.scale is None else widen(self.scale)
         own = gate(raw_tE, self.moe.top_k, scale, self.moe.renormalize)
         groups = context.groups
@@ -129,10 +138,11 @@ class Router(nn.Module):
         shard = context.shard
         chosen = Decisions(*shard.gather_tokens(own.probabilities, own.logits.detach(), raw_tE.detach(), own.experts))
         kept = None if groups.valid_T is None else groups.valid_T[:, None].expand_as(chosen.experts)
-        load_nE, rank_TK = group_load(chosen.experts, self.moe.num_experts, groups)
+        load_nE = group_load(chosen.experts, self.moe.num_experts, groups)
         assignments_n = load_nE.sum(1)
         capacity_n = capacity(assignments_n, self.moe.num_experts, groups.capacity_factor)
         if groups.drop:
+            rank_TK = group_rank(chosen.experts, self.moe.num_experts, groups)
             within = rank_TK.view(groups.count, -1) < capacity_n[:, None]
             kept = within.view_as(rank_TK) if kept is None else within.view_as(rank_TK) & kept
         if context.record is not None:
@@ -152,7 +162,7 @@ class Router(nn.Module):
         load = load_nE.sum(0).double()
         if record.aux_loss == "sequence" and groups.sequences not in (None, groups.count):
             groups = replace(groups, count=groups.sequences)
-            load_nE, _ = group_load(chosen.experts, e, groups)
+            load_nE = group_load(chosen.experts, e, groups)
         tokens_n = valid.view(groups.count, -1).sum(1)
         probability_nE = (chosen.probabilities * valid[:, None]).view(groups.count, -1, e).sum(1)
         aux = tokens_n.new_zeros(())

@@ -10,6 +10,7 @@ from moeforge.kernels import PreparedGate
 from moeforge.kernels import gate as public
 from moeforge.kernels.gate import Gate
 from moeforge.kernels.triton import gate
+from moeforge.kernels.triton.router import STAGES, step
 from moeforge.kernels.triton.rows import tile
 
 from .compiling import ARCHITECTURES, cross_compile
@@ -161,13 +162,14 @@ def test_other_routers_have_a_matmul_of_their_own(experts: int, columns: int, dt
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("experts", [16, 256])
+@pytest.mark.parametrize("experts", [16, 32, 64, 128, 256])
 def test_routing_compiles_to_tensor_core_instructions(experts: int, architecture: int) -> None:
     types = {"x_ptr": "*bf16", "router_ptr": "*bf16", "weight_ptr": "*fp32", "expert_ptr": "*i64"}
     types |= {"tokens": "i32", "columns": "i32", "stride": "i32", "scale": "fp32", "least_variance": "fp32"}
     constants = {"bias_ptr": None, "E": experts, "K": 2, "NORMALIZE": True, "RENORMALIZE": True, "TOKENS": gate._TOKENS}
-    constants |= {"EXPERTS": experts, "CHOICES": 2, "COLUMNS": gate._columns(experts)}
-    compiled = cross_compile(gate._route, architecture, types, constants, 4, 3)
+    constants |= {"EXPERTS": experts, "CHOICES": 2, "COLUMNS": step(gate._TOKENS, experts)}
+    constants["GROUPS"] = gate._groups(experts)
+    compiled = cross_compile(gate._route, architecture, types, constants, gate._WARPS, STAGES)
     assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16" in compiled.asm["ptx"]
 
 

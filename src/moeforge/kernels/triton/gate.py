@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moeforge.kernels.triton.router import STAGES, logits, step
 from moeforge.kernels.triton.rows import as_rows, tile
 
 _ELEMENTS = 512
-_TOKENS = 32
+_TOKENS, _WARPS = 16, 4
 """Of a program that has the router's matmul too."""
 
 
@@ -85,19 +86,12 @@ def _route(
     x_ptr, router_ptr, bias_ptr, weight_ptr, expert_ptr, tokens, columns, stride, scale, least_variance,
     E: tl.constexpr, K: tl.constexpr, NORMALIZE: tl.constexpr, RENORMALIZE: tl.constexpr,
     TOKENS: tl.constexpr, EXPERTS: tl.constexpr, CHOICES: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
-    expert = tl.arange(0, EXPERTS)[None, :]
-    choice = tl.arange(0, CHOICES)[None, :]
-    real = expert < E
-    z = tl.zeros((TOKENS, EXPERTS), tl.float32)
-    for first in range(0, columns, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
-        x = tl.load(x_ptr + token * stride + column[None, :], (token < tokens) & (column < columns)[None, :], other=0.0)
-        router = tl.load(router_ptr + expert * columns + column[:, None], real & (column < columns)[:, None], other=0.0)
-        z = tl.dot(x, router, z)  # products of 16-bit numbers are exact in float32
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + expert, real, other=0.0)
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    expert = tl.arange(0, EXPERTS)
+    z = logits(x_ptr, router_ptr, bias_ptr, token, expert, tokens, columns, stride, E, COLUMNS, GROUPS)
+    token, real, choice = token[:, None], (expert < E)[None, :], tl.arange(0, CHOICES)[None, :]
     if NORMALIZE:
         z, _, _ = _normalized(z, real, scale, least_variance, E)
     weight, chosen = _choose(z, _softmax(z, real), real, K, RENORMALIZE, CHOICES)
@@ -188,15 +182,15 @@ def route(
     width = max(16, triton.next_power_of_2(experts))
     _route[(triton.cdiv(len(x), _TOKENS),)](
         x, router_ED, bias_E, weights, chosen, len(x), columns, x.stride(0), scale, least_std**2,
-        experts, top_k, scale is not None, renormalize, _TOKENS, width, triton.next_power_of_2(top_k), _columns(width),
-        num_warps=4, num_stages=3,
+        experts, top_k, scale is not None, renormalize, _TOKENS, width, triton.next_power_of_2(top_k),
+        step(_TOKENS, width), _groups(width), num_warps=_WARPS, num_stages=STAGES,
     )  # fmt: skip
     return weights, chosen
 
 
-def _columns(width: int) -> int:
-    """What a program sums at a time: as much of so many experts' weights as leaves room for three such parts."""
-    return min(128, 8192 // width)
+def _groups(width: int) -> int:
+    """For `logits`: with more experts each warp has enough of them to do."""
+    return _WARPS if width <= 32 else 1
 
 
 def gate_backward(

@@ -90,7 +90,10 @@ def test_bf16_in_bf16_out_and_no_rows() -> None:
 def test_scaled_grouped_matmul_computes_with_the_same_numbers() -> None:
     x, w13, _, offsets = (y.cuda() for y in problem([32, 0, 96, 64], d=128, f=64))
     x, w13 = x.bfloat16(), w13.bfloat16()
-    for function, left in ((fp8_grouped_matmul, x), (fp8_grouped_input_grad, torch.randn_like(x))):
+    grad = torch.randn_like(x)
+    lefts = [(fp8_grouped_matmul, x), (fp8_grouped_matmul, torch.cat([grad, x], 1)[:, 128:])]
+    lefts += [(fp8_grouped_input_grad, grad), (fp8_grouped_input_grad, grad[:1].expand(len(grad), -1))]
+    for function, left in lefts:
         found = function(left, w13, offsets)
         wanted = function(left.cpu().float(), w13.cpu().float(), offsets.cpu())
         assert (found.cpu().float() - wanted).norm() < 5e-3 * wanted.norm()

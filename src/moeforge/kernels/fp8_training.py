@@ -26,7 +26,7 @@ def fp8_grouped_matmul(x_RK: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> T
     """
     values, scales = _rounded(weight_ENK)
     if _scaled_grouped_mm_takes(x_RK, values):
-        x_values, x_scales = _round(x_RK.contiguous())
+        x_values, x_scales = _round(x_RK)
         return torch._scaled_grouped_mm(
             x_values,
             values.transpose(1, 2),
@@ -44,26 +44,26 @@ def fp8_grouped_input_grad(grad_RN: Tensor, weight_ENK: Tensor, offsets_E: Tenso
 
 
 def _rounded(weight_ENK: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 values [E, N, K], contiguous, and scales [E, N, 1]. Where wide copies are made, or rows are not in order,
-    one expert after another."""
-    if use_triton(weight_ENK) and weight_ENK.is_contiguous():
-        both = _round(weight_ENK.flatten(0, 1))
-        return both[0].view(weight_ENK.shape), both[1].view(*weight_ENK.shape[:2], 1)
+    """e4m3 values [E, N, K], contiguous, and scales [E, N, 1]. Where wide copies are made, one expert after another."""
+    if use_triton(weight_ENK):
+        from moeforge.kernels.triton import fp8_training as kernels
+
+        return kernels.quantize_weights(weight_ENK)
     values = torch.empty(weight_ENK.shape, dtype=E4M3, device=weight_ENK.device)
     scales = torch.empty(*weight_ENK.shape[:2], 1, dtype=torch.float32, device=weight_ENK.device)
     for weight_NK, value_NK, scale_N1 in zip(weight_ENK, values, scales, strict=True):
-        for to, found in zip((value_NK, scale_N1), _round(weight_NK), strict=True):
+        for to, found in zip((value_NK, scale_N1), quantize_activations(weight_NK), strict=True):
             to.copy_(found)
     return values, scales
 
 
 def _round(x_RK: Tensor) -> tuple[Tensor, Tensor]:
-    """`quantize_activations` with a scale for each row, by Triton where it runs: there without wide copies."""
+    """`quantize_activations` with a scale for each row, contiguous; by Triton where it runs: without wide copies."""
     if use_triton(x_RK):
-        from moeforge.kernels.triton import fp8_convert
+        from moeforge.kernels.triton import fp8_training as kernels
 
-        return fp8_convert.quantize_activations(x_RK)
-    return quantize_activations(x_RK)
+        return kernels.quantize_rows(x_RK)
+    return quantize_activations(x_RK.contiguous())
 
 
 def _scaled_grouped_mm_takes(x: Tensor, values: Tensor) -> bool:

@@ -16,10 +16,11 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, tor
 SIZES = [[5, 0, 40, 3], [0, 0, 19], [70], [0, 0], []]
 
 
-def assert_near(ours: Tensor, exact: Tensor) -> None:
+def assert_near(ours: Tensor, exact: Tensor, least: float = 0.0) -> None:
     assert ours.shape == exact.shape
     if ours.numel():
-        assert (ours.double() - exact).abs().max() <= TOLERANCE[ours.dtype] * exact.abs().max()
+        limit = max(least, TOLERANCE[ours.dtype])
+        assert (ours.double() - exact).abs().max() <= limit * exact.abs().max()
 
 
 def offsets_of(sizes: list[int], device: str) -> Tensor:
@@ -97,7 +98,8 @@ def test_fp8_weights(dtype: torch.dtype, device: str) -> None:
         with no_synchronisation(device, dtype):
             y = grouped_matmul(x, weight, offsets, activations, scale)
         assert y.dtype == dtype
-        assert_near(y, exact)
+        # Tensor cores add products of e4m3 with 14 bits.
+        assert_near(y, exact, 0.0 if activations == "none" or device == "cpu" else 2**-12)
 
 
 @pytest.mark.cuda

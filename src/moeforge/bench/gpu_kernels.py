@@ -67,10 +67,11 @@ def _products(
     }
     if beside_triton and use_triton(x):
         from moeforge.kernels.triton import grouped_matmul as kernels
+        from moeforge.kernels.triton import weight_grad as weight_kernels
 
         sides["forward"]["triton"] = lambda: kernels.grouped_matmul(x, weight, offsets)
         sides["input_grad"]["triton"] = lambda: kernels.grouped_input_grad(grad, weight, offsets)
-        sides["weight_grad"]["triton"] = lambda: kernels.grouped_weight_grad(grad, x, offsets)
+        sides["weight_grad"]["triton"] = lambda: weight_kernels.grouped_weight_grad(grad, x, offsets)
     return sides
 
 

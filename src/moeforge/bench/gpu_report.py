@@ -25,17 +25,21 @@ def goals(stages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was aimed at, and the worst that was measured; None where nothing was."""
     cases = {case["case"]: case for stage in stages for case in stage["cases"]}
 
-    def of(prefix: str, *keys: str) -> list[Any]:
-        return [value for name, case in cases.items() if name.startswith(prefix) for value in _find(case, keys)]
+    def of(prefix: str, *keys: str) -> dict[str, list[Any]]:
+        return {name: list(_find(case, keys)) for name, case in cases.items() if name.startswith(prefix)}
 
-    over = of("routed", "speedup_over", "transformers") or of("routed", "speedup_over", "grouped_mm")
-    waits = of("Skywork-MoE", "host_synchronisations")
+    def each(prefix: str, what: str, goal: float, *keys: str, most: bool = False) -> Iterator[dict[str, Any]]:
+        for name, values in (of(prefix, *keys) or {prefix: []}).items():
+            yield _goal(f"{name}: {what}", goal, values, most)
+
+    waits = [value for values in of("Skywork-MoE", "host_synchronisations").values() for value in values]
+    peer = "transformers" if any(of("routed", "speedup_over", "transformers").values()) else "grouped_mm"
     return [
-        _goal("grouped matmuls, share of the dense rate", 0.8, of("grouped", "share_of_ceiling")),
-        _goal("routed experts over transformers' grouped_mm", 1.1, over),
-        _goal("FP8 experts in decoding, share of a copy", 0.75, of("FP8", "fp8_share_of_copy")),
-        _goal("MoE block over transformers'", 1.3, of("MoE", "speedup_over", "transformers")),
-        _goal("routing, share of the block", 0.05, of("MoE", "routing_share"), most=True),
+        *each("grouped matmuls", "share of the dense rate", 0.8, "share_of_ceiling"),
+        *each("routed experts", f"over {peer}", 1.1, "speedup_over", peer),
+        *each("FP8 experts in decoding", "share of a copy", 0.75, "fp8_share_of_copy"),
+        *each("MoE block", "over transformers'", 1.3, "speedup_over", "transformers"),
+        *each("MoE block", "share of routing", 0.05, "routing_share", most=True),
         {
             "what": "host synchronisations of a decode step",
             "goal": "none",

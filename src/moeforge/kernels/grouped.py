@@ -75,7 +75,7 @@ def grouped_weight_grad(grad_RN: Tensor, x_RK: Tensor, offsets_E: Tensor) -> Ten
     if _cutlass(grad_RN, x_RK):
         return F.grouped_mm(grad_RN.contiguous().t(), x_RK.contiguous(), offs=offsets_E)
     if use_triton(grad_RN):
-        from moeforge.kernels.triton import grouped_matmul as kernels
+        from moeforge.kernels.triton import weight_grad as kernels
 
         return kernels.grouped_weight_grad(grad_RN, x_RK, offsets_E)
     return grouped_weight_grad_reference(grad_RN, x_RK, offsets_E)

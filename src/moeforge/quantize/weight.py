@@ -5,7 +5,6 @@ Legend: N rows, K columns.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -9,16 +9,15 @@ from torch import Tensor
 from moeforge.kernels.fp8_weight import BLOCK, Fp8Weight, dequantize, quantize_activations
 from moeforge.kernels.grouped import grouped_matmul_reference
 from moeforge.kernels.triton import fp8_convert
-from moeforge.kernels.triton.configs import BLOCK_K, Config, Kind, default_config
+from moeforge.kernels.triton.configs import BLOCK_K, Config, Kind, default_config, parts
 from moeforge.kernels.triton.grouped_matmul import (
     grouped_input_grad,
     grouped_matmul,
-    grouped_weight_grad,
     matmul,
     matmul_kernel,
-    weight_grad_kernel,
 )
 from moeforge.kernels.triton.swiglu import swiglu_forward
+from moeforge.kernels.triton.weight_grad import grouped_weight_grad, weight_grad_kernel
 
 from .compiling import ARCHITECTURES, cross_compile
 from .conftest import DTYPES
@@ -175,6 +174,22 @@ def test_bits_of_a_row_do_not_depend_on_its_batch_mates(activations: str, device
         assert torch.equal(grouped_matmul(x[44:45], w, alone, kind, config=FEW), y[44:45])
 
 
+@pytest.mark.parametrize("activations", ["none", "dynamic", "static"])
+def test_parts_made_apart_add_up_to_the_bits_of_one_program(activations: str, device: str) -> None:
+    """Where a weight has few rows: of few tokens parts of the sum are programs of their own, of many they are not."""
+    torch.manual_seed(0)
+    sizes, weight = [3, 0, 290], fp8_weight(3, 48, 2176, "block", device)
+    weight = Fp8Weight(weight.values[:, :, 16:], weight.scales, 16)
+    assert parts(48, 2160) == 2
+    x, fixed = torch.randn(293, 2160, device=device).half() / 1000, torch.tensor(1e-5, device=device)
+    for gated in (False, True):
+        y = matmul(x, weight, offsets_of(sizes, device), activations, fixed, MANY, gated)
+        exact = grouped_matmul_reference(x.double(), weight, offsets_of(sizes, device), activations, fixed)
+        assert_near(y, gated_by_hand(exact) if gated else exact, 2e-3)
+        few = matmul(x[:5], weight, offsets_of([3, 0, 2], device), activations, fixed, FEW, gated)
+        assert torch.equal(few, y[:5])
+
+
 def gated_by_hand(h: Tensor) -> Tensor:
     gate, up = h.double().chunk(2, dim=1)
     return torch.nn.functional.silu(gate) * up
@@ -247,6 +262,8 @@ def compile_matmul(
     grouped: bool = True,
     transposed: bool = False,
     gated: bool = False,
+    in_parts: int = 1,
+    apart: bool = False,
 ) -> Any:
     """The default configuration of a bucket of rows, as a launch of contiguous tensors specialises it."""
     tile = default_config(kind, rows)
@@ -260,6 +277,8 @@ def compile_matmul(
     types |= {"offsets": "*i32"} if grouped else {}
     if transposed:
         types["w_column"] = types.pop("w_row")
+    if apart:
+        types["y"] = "*fp32"
     constants = dict.fromkeys({"offsets", "x_scales", "w_scales"} - types.keys())
     constants |= dict.fromkeys({"x_column", "w_row", "w_column"} - types.keys(), 1)
     constants |= {
@@ -271,6 +290,8 @@ def compile_matmul(
         "EIGHT_BITS": kind == "w8a8",
         "NATIVE": architecture >= 89 and kind == "w8a8",
         "GATED": gated,
+        "PARTS": in_parts,
+        "APART": apart,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": BLOCK_K[kind],
@@ -295,7 +316,12 @@ def test_compiles_to_tensor_core_instructions(architecture: int) -> None:
             compile_matmul(architecture, "weight-only", 16, block_scales=True, gated=True),
             wide.format(16, 16, "f16.f16"),
         ),
-        (compile_matmul(architecture, "w8a8", 64, block_scales=True, gated=True), wide.format(64, depth, operands)),
+        (compile_matmul(architecture, "w8a8", 64, block_scales=True, gated=True), wide.format(32, depth, operands)),
+        (
+            compile_matmul(architecture, "weight-only", 16, block_scales=True, gated=True, in_parts=4, apart=True),
+            wide.format(16, 16, "f16.f16"),
+        ),
+        (compile_matmul(architecture, "w8a8", 128, block_scales=True, in_parts=4), wide.format(128, depth, operands)),
         (compile_matmul(architecture, "w8a8", 16), wide.format(16, depth, operands)),
         (compile_matmul(architecture, "w8a8", 128, block_scales=True), wide.format(128, depth, operands)),
     ):

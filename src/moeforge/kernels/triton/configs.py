@@ -20,6 +20,8 @@ Kind = Literal["float32", "16-bit", "weight-only", "w8a8", "weight-grad"]
 
 BLOCK_K: dict[str, int] = {"float32": 32, "16-bit": 64, "weight-only": 128, "w8a8": 128}
 """Columns summed at a time: they order a row's sum, so they are never tuned. Divisors of a block of scales."""
+_PROGRAMS, _MOST_PARTS, _PART_COLUMNS = 512, 8, 1024
+"""Wanted programs of 64 weight rows, parts at most, and columns of a part at least."""
 BUCKETS = (16, 32, 64, 128)
 """Rows of an expert, rounded up, by which configurations are chosen."""
 
@@ -40,6 +42,13 @@ def bucket(rows: int, experts: int) -> int:
     return next((size for size in BUCKETS if share <= size), BUCKETS[-1])
 
 
+def parts(weight_rows: int, columns: int) -> int:
+    """In how many parts the columns of an FP8 weight are summed, so that there are programs for all multiprocessors
+    where it has few rows. It orders sums: so it follows from the weight's shape alone."""
+    most = min(_PROGRAMS // -(-weight_rows // 64), columns // _PART_COLUMNS)
+    return 1 << max(0, min(most, _MOST_PARTS).bit_length() - 1)
+
+
 def default_config(kind: Kind, rows: int) -> Config:
     """What fits every architecture from sm_80 on; `rows` is a bucket."""
     if kind == "weight-grad":
@@ -48,9 +57,7 @@ def default_config(kind: Kind, rows: int) -> Config:
         return Config(min(rows, 64), 64, 4, 2)
     if rows == 128:
         return Config(128, 128, 8, 2 if kind == "weight-only" else 3)
-    if kind == "16-bit":
-        return Config(rows, 64, 4, 4 if rows < 64 else 3)
-    return Config(rows, 128, 4 if rows < 64 else 8, 4 if rows < 64 else 3)
+    return Config(min(rows, 32), 64, 4, 4) if kind != "16-bit" else Config(rows, 64, 4, 4 if rows < 64 else 3)
 
 
 def config(kind: Kind, rows: int, device: torch.device) -> Config:

@@ -20,6 +20,9 @@ from moeforge.kernels.triton.fp8_convert import as_argument, e4m3_to, quantize_a
 from moeforge.kernels.triton.swiglu import gated
 
 _SCALE_COLUMNS = tl.constexpr(BLOCK)
+_APART_ROWS = 256
+"""More rows have tiles enough for all multiprocessors, and larger parts to write and read."""
+_ADDED_COLUMNS = 512
 
 
 @triton.jit
@@ -34,6 +37,66 @@ def rows_of_tile(offsets, tile, EXPERTS: tl.constexpr, PADDED: tl.constexpr, BLO
     chosen = e == expert
     first = tl.sum(tl.where(chosen, begin + (tile - tiles_end + tiles) * BLOCK_M, 0), 0)
     return expert, first, tl.sum(tl.where(chosen, end, 0), 0)
+
+
+@triton.jit
+def _part(
+    x,
+    w,
+    x_scales,
+    w_scales,
+    K,
+    x_column,
+    x_scale_column,
+    w_column,
+    w_scale_column,
+    column_offset,
+    begin,
+    end,
+    r_inside,
+    w_inside,
+    BLOCK_SCALES: tl.constexpr,
+    X_BLOCK_SCALES: tl.constexpr,
+    EIGHT_BITS: tl.constexpr,
+    NATIVE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """W x^T over the blocks of columns from `begin` to `end`; x, w and scales point at their rows."""
+    # With scales of blocks a tile of columns lies in one block, which is counted from the global first column.
+    k = begin * BLOCK_K + tl.arange(0, BLOCK_K)
+    if BLOCK_SCALES:
+        k -= column_offset
+    x_tile, w_tile = x[None, :] + k[:, None] * x_column, w[:, None] + k[None, :] * w_column
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for block in range(begin, end):
+        k_inside = k < K
+        if BLOCK_SCALES:
+            k_inside &= k >= 0
+        x_part = tl.load(x_tile, mask=k_inside[:, None] & r_inside[None, :], other=0.0)
+        w_part = tl.load(w_tile, mask=w_inside[:, None] & k_inside[None, :], other=0.0)
+        if not EIGHT_BITS:
+            product = tl.dot(e4m3_to(w_part, x_part.dtype), x_part, input_precision="ieee")
+        elif NATIVE:
+            # On sm_90 sums of e4m3 products are only exact to 14 bits: no more than a block's go without float32.
+            product = tl.dot(w_part, x_part, max_num_imprecise_acc=BLOCK_K)
+        else:
+            product = tl.dot(e4m3_to(w_part, tl.float16), e4m3_to(x_part, tl.float16))
+        if BLOCK_SCALES:
+            scale = block * BLOCK_K // _SCALE_COLUMNS
+            product *= tl.load(w_scales + scale * w_scale_column, w_inside)[:, None]
+            if X_BLOCK_SCALES:
+                product *= tl.load(x_scales + scale * x_scale_column, mask=r_inside, other=0.0)[None, :]
+        acc += product
+        k += BLOCK_K
+        x_tile += BLOCK_K * x_column
+        w_tile += BLOCK_K * w_column
+    if w_scales is not None and not BLOCK_SCALES:
+        acc *= tl.load(w_scales, mask=w_inside, other=0.0)[:, None]
+    if x_scales is not None and not X_BLOCK_SCALES:
+        acc *= tl.load(x_scales, mask=r_inside, other=0.0)[None, :]
+    return acc
 
 
 @triton.jit(do_not_specialize=["rows"])  # or a decode step of a new size would wait for the compiler
@@ -66,12 +129,17 @@ def matmul_kernel(
     EIGHT_BITS: tl.constexpr,
     NATIVE: tl.constexpr,
     GATED: tl.constexpr,
+    PARTS: tl.constexpr,
+    APART: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    n_tiles = tl.cdiv(2 * N if GATED else N, BLOCK_N)
+    """y [R, N]; of a weight [E, 2 N, K] where GATED. Columns are summed in PARTS, and those in their order; where
+    these are made APART, one a program, y is float32 [PARTS, R, rows of a weight] and not yet gated."""
+    w_rows = 2 * N if GATED else N
+    n_tiles = tl.cdiv(w_rows, BLOCK_N)
     # Programs that run together share weights: the same column tile for GROUP_M row tiles, then the next.
     group = tl.program_id(0) // (GROUP_M * n_tiles)
     group_size = tl.minimum(tl.num_programs(0) // n_tiles - group * GROUP_M, GROUP_M)
@@ -91,47 +159,33 @@ def matmul_kernel(
         # Eight rows of the gate, then those of up that they go with: tensor cores give both to one thread.
         n = n // 16 * 8 + n % 8
         w_n = n + w_n // 8 % 2 * N
-    # With scales of blocks a tile of columns lies in one block, which is counted from the global first column.
-    k = tl.arange(0, BLOCK_K)
-    if BLOCK_SCALES:
-        k -= column_offset
-    r_inside, n_inside = r < end, n < N
+    r_inside, w_inside = r < end, n < N
     r_long, w_n_long, expert_long = r.to(tl.int64), w_n.to(tl.int64), tl.cast(expert, tl.int64)
-    x_tile = x + r_long[None, :] * x_row + k[:, None] * x_column
-    w_tile = w + expert_long * w_expert + w_n_long[:, None] * w_row + k[None, :] * w_column
+    x += r_long * x_row
+    w += expert_long * w_expert + w_n_long * w_row
     if w_scales is not None:
         w_scales += expert_long * w_scale_expert + w_n // GROUP_ROWS * w_scale_row
-
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for block in range(0, tl.cdiv(K + column_offset if BLOCK_SCALES else K, BLOCK_K)):
-        k_inside = k < K
-        if BLOCK_SCALES:
-            k_inside &= k >= 0
-        x_part = tl.load(x_tile, mask=k_inside[:, None] & r_inside[None, :], other=0.0)
-        w_part = tl.load(w_tile, mask=n_inside[:, None] & k_inside[None, :], other=0.0)
-        if not EIGHT_BITS:
-            product = tl.dot(e4m3_to(w_part, x_part.dtype), x_part, input_precision="ieee")
-        elif NATIVE:
-            # On sm_90 sums of e4m3 products are only exact to 14 bits: no more than a block's go without float32.
-            product = tl.dot(w_part, x_part, max_num_imprecise_acc=BLOCK_K)
-        else:
-            product = tl.dot(e4m3_to(w_part, tl.float16), e4m3_to(x_part, tl.float16))
-        if BLOCK_SCALES:
-            scale = block * BLOCK_K // _SCALE_COLUMNS
-            product *= tl.load(w_scales + scale * w_scale_column, n_inside)[:, None]
-            if X_BLOCK_SCALES:
-                x_scale = x_scales + r_long * x_scale_row + scale * x_scale_column
-                product *= tl.load(x_scale, mask=r_inside, other=0.0)[None, :]
-        acc += product
-        k += BLOCK_K
-        x_tile += BLOCK_K * x_column
-        w_tile += BLOCK_K * w_column
-
-    if w_scales is not None and not BLOCK_SCALES:
-        acc *= tl.load(w_scales, mask=n_inside, other=0.0)[:, None]
     if x_scales is not None:
-        if not X_BLOCK_SCALES:
-            acc *= tl.load(x_scales + r_long * x_scale_row, mask=r_inside, other=0.0)[None, :]
+        x_scales += r_long * x_scale_row
+
+    blocks = tl.cdiv(K + column_offset if BLOCK_SCALES else K, BLOCK_K)
+    each = tl.cdiv(blocks, PARTS)
+    part = tl.program_id(1) if APART else 0
+    acc = _part(
+        x, w, x_scales, w_scales, K, x_column, x_scale_column, w_column, w_scale_column, column_offset,
+        part * each, tl.minimum(part * each + each, blocks), r_inside, w_inside,
+        BLOCK_SCALES, X_BLOCK_SCALES, EIGHT_BITS, NATIVE, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    if APART:
+        out = y + (part * tl.cast(rows, tl.int64) + r_long[None, :]) * w_rows + w_n[:, None]
+        tl.store(out, acc, mask=w_inside[:, None] & r_inside[None, :])
+        return
+    for part in range(1, PARTS):
+        acc += _part(
+            x, w, x_scales, w_scales, K, x_column, x_scale_column, w_column, w_scale_column, column_offset,
+            part * each, tl.minimum(part * each + each, blocks), r_inside, w_inside,
+            BLOCK_SCALES, X_BLOCK_SCALES, EIGHT_BITS, NATIVE, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     result = acc.to(y.dtype.element_ty)
     if GATED:
         gate, up = tl.split(result.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
@@ -141,40 +195,24 @@ def matmul_kernel(
     tl.store(out, result, mask=(n < N)[:, None] & r_inside[None, :])
 
 
+@triton.jit(do_not_specialize=["rows"])
+def add_parts_kernel(parts, y, rows, N, PARTS: tl.constexpr, GATED: tl.constexpr, COLUMNS: tl.constexpr):
+    """y [R, N] of parts [PARTS, R, N], or [PARTS, R, 2 N] where GATED."""
+    row, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    width = 2 * N if GATED else N
+    parts += row * width + n
+    result = _sum(parts, rows, width, n < N, PARTS).to(y.dtype.element_ty)
+    if GATED:
+        result = gated(result, _sum(parts + N, rows, width, n < N, PARTS).to(y.dtype.element_ty))
+    tl.store(y + row * N + n, result, n < N)
+
+
 @triton.jit
-def weight_grad_kernel(
-    grad,
-    x,
-    out,
-    offsets,
-    N,
-    K,
-    grad_row,
-    grad_column,
-    x_row,
-    x_column,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    expert = tl.program_id(1)
-    begin = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(offsets + expert)
-    k_tiles = tl.cdiv(K, BLOCK_N)
-    n = tl.program_id(0) // k_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.program_id(0) % k_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_inside, k_inside = n < N, k < K
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(begin, end, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        r_inside, r_long = r < end, r.to(tl.int64)
-        grad_tile = grad + r_long[None, :] * grad_row + n[:, None] * grad_column
-        x_tile = x + r_long[:, None] * x_row + k[None, :] * x_column
-        grad_part = tl.load(grad_tile, mask=n_inside[:, None] & r_inside[None, :], other=0.0)
-        x_part = tl.load(x_tile, mask=r_inside[:, None] & k_inside[None, :], other=0.0)
-        acc += tl.dot(grad_part, x_part, input_precision="ieee")
-    out += expert.to(tl.int64) * N * K + n.to(tl.int64)[:, None] * K + k[None, :]
-    tl.store(out, acc.to(out.dtype.element_ty), mask=n_inside[:, None] & k_inside[None, :])
+def _sum(parts, rows, width, inside, PARTS: tl.constexpr):
+    total = tl.load(parts, inside)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(parts + part * tl.cast(rows, tl.int64) * width, inside)
+    return total
 
 
 def matmul(
@@ -211,10 +249,15 @@ def matmul(
     tile = config or configs.config(kind, configs.bucket(rows, experts), x.device)
     partial = 1 if offsets_E is None else min(experts, rows)
     row_tiles = (rows + partial * (tile.block_m - 1)) // tile.block_m
-    matmul_kernel[(row_tiles * triton.cdiv(w_rows, tile.block_n),)](
+    in_blocks = scales is not None and scales.shape[-1] > 1
+    # What multiplies a whole part may be contracted with the addition of the next one, or not: other bits.
+    parts = configs.parts(w_rows, K) if in_blocks and kind != "float32" else 1
+    apart = parts > 1 and rows <= _APART_ROWS
+    out = y if not apart else y.new_empty(parts, rows, w_rows, dtype=torch.float32)
+    matmul_kernel[(row_tiles * triton.cdiv(w_rows, tile.block_n), parts if apart else 1)](
         x,
         w,
-        y,
+        out,
         offsets_E,
         x_scales,
         scales,
@@ -229,11 +272,13 @@ def matmul(
         EXPERTS=experts,
         PADDED=triton.next_power_of_2(experts),
         GROUP_ROWS=group_rows,
-        BLOCK_SCALES=scales is not None and scales.shape[-1] > 1,
-        X_BLOCK_SCALES=x_scales is not None and x_scales.dim() > 0 and x_scales.shape[1] > 1,
+        BLOCK_SCALES=in_blocks,
+        X_BLOCK_SCALES=in_blocks and kind == "w8a8",
         EIGHT_BITS=kind == "w8a8",
         NATIVE=x.dtype == torch.float8_e4m3fn,
         GATED=gated,
+        PARTS=parts,
+        APART=apart,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=configs.BLOCK_K[kind],
@@ -241,6 +286,9 @@ def matmul(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+    if apart:
+        grid = rows, triton.cdiv(N, _ADDED_COLUMNS)
+        add_parts_kernel[grid](out, y, rows, N, PARTS=parts, GATED=gated, COLUMNS=_ADDED_COLUMNS, num_warps=4)
     return y
 
 
@@ -259,30 +307,3 @@ def grouped_matmul(
 def grouped_input_grad(grad_RN: Tensor, weight_ENK: Tensor, offsets_E: Tensor, config: Config | None = None) -> Tensor:
     """As `moeforge.kernels.grouped.grouped_input_grad`: the same kernel over the transposed weights."""
     return matmul(grad_RN, weight_ENK.transpose(1, 2), offsets_E, config=config)
-
-
-def grouped_weight_grad(grad_RN: Tensor, x_RK: Tensor, offsets_E: Tensor, config: Config | None = None) -> Tensor:
-    """As `moeforge.kernels.grouped.grouped_weight_grad`. An expert's rows are summed in their order."""
-    N, K, experts = grad_RN.shape[1], x_RK.shape[1], offsets_E.shape[0]
-    out = x_RK.new_empty(experts, N, K)
-    if not out.numel():
-        return out
-    rows = configs.bucket(x_RK.shape[0], experts)
-    tile = config or configs.config("weight-grad", rows, x_RK.device)
-    tiles = triton.cdiv(N, tile.block_m) * triton.cdiv(K, tile.block_n)
-    weight_grad_kernel[(tiles, experts)](
-        grad_RN,
-        x_RK,
-        out,
-        offsets_E,
-        N,
-        K,
-        *grad_RN.stride(),
-        *x_RK.stride(),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_R=configs.BLOCK_K["float32" if x_RK.dtype == torch.float32 else "16-bit"],
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-    return out

@@ -21,6 +21,7 @@ from moeforge.config.quantization import QuantizationConfig, matrices
 from moeforge.errors import UserError
 from moeforge.kernels.fp8 import E4M3_MAX
 from moeforge.quantize.calibrate import Observed
+from moeforge.quantize.gptq import Feedbacks
 from moeforge.quantize.weight import quantize_weight, relative_error
 
 
@@ -74,6 +75,7 @@ def quantize(
     fixed = _input_scales(config, inputs) if quantization.activations == "static" else {}
     places = _places(config)
     unit: Observed = {}
+    feedbacks = Feedbacks()
     errors: dict[str, float] = {}
     shutil.rmtree(partial_directory(out), ignore_errors=True)  # of a killed run
     writer = ShardWriter(out, config, shard_bytes, job="quantize")
@@ -85,14 +87,14 @@ def quantize(
             if module + WEIGHT_SCALE not in shapes:
                 writer.add(name, weight.to(kept_dtype or weight.dtype))
             else:
-                samples = None
+                known = None
                 if observed is not None:
                     matrix, index = places[module]
                     while matrix not in unit:
                         unit = next(observed)  # units come in the order of the weights
                     samples = unit[matrix][index]
-                    weight = weight.to(samples.device)
-                values, scales = quantize_weight(weight, quantization.scales, samples)
+                    known, weight = feedbacks.of(samples), weight.to(samples.device)
+                values, scales = quantize_weight(weight, quantization.scales, known)
                 errors[name] = relative_error(weight, values, scales, quantization.scales)
                 writer.add(name, values.cpu())
                 writer.add(module + WEIGHT_SCALE, scales.cpu())

@@ -12,15 +12,15 @@ from moeforge.checkpoint.fp8_scales import row_scales
 from moeforge.config.quantization import Scales
 from moeforge.kernels.fp8 import e4m3_scale, to_e4m3
 from moeforge.kernels.fp8_weight import BLOCK
-from moeforge.quantize.gptq import gptq
+from moeforge.quantize.gptq import Feedback, gptq
 
 
-def quantize_weight(weight_NK: Tensor, scales: Scales, inputs_RK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight_NK: Tensor, scales: Scales, known: Feedback | None = None) -> tuple[Tensor, Tensor]:
     """e4m3 values [N, K], and the float32 scales to multiply them by, as they lie on disk: the largest magnitude / 448
     of the tensor (0-d), of each row [N, 1], or of each block of 128 x 128 [N / 128, K / 128] rounded up.
 
-    The nearest values, or for samples of what the weight multiplies, on its device, those that `gptq` finds. The scale
-    of nothing but zeros is 1. The weight must be finite.
+    The nearest values, or with the `feedback` of samples of what the weight multiplies, on its device, those that
+    `gptq` finds. The scale of nothing but zeros is 1. The weight must be finite.
     """
     wide = weight_NK.float()
     if scales == "tensor":
@@ -32,9 +32,9 @@ def quantize_weight(weight_NK: Tensor, scales: Scales, inputs_RK: Tensor | None 
         largest = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).abs().amax((1, 3))
     stored = e4m3_scale(largest)
     spread = _spread(stored, wide, scales)
-    if inputs_RK is None:
+    if known is None:
         return to_e4m3(wide / spread), stored
-    return gptq(wide, spread.expand_as(wide), inputs_RK), stored
+    return gptq(wide, spread.expand_as(wide), known), stored
 
 
 def relative_error(weight_NK: Tensor, values_NK: Tensor, stored: Tensor, scales: Scales) -> float:

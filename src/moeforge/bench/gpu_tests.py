@@ -52,7 +52,6 @@ def _run(path: Path, folder: Path, marker: str) -> dict[str, Any]:
         sys.executable,
         "-m",
         "pytest",
-        "-q",
         "-m",
         marker,
         "-p",
@@ -69,4 +68,4 @@ def _run(path: Path, folder: Path, marker: str) -> dict[str, Any]:
         return {"skipped": f"{missing[1]} is not installed"}
     if done.returncode:
         return {"error": (done.stdout + done.stderr)[-6000:], "summary": lines[-1] if lines else ""}
-    return {"summary": lines[-1]}
+    return {"summary": next((line for line in reversed(lines) if " passed" in line), lines[-1])}

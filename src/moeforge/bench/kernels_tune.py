@@ -21,7 +21,7 @@ def check_tunable() -> None:
 
 
 def tune_here() -> Path:
-    """Measures for some minutes; returns the file, which the kernels read from then on."""
+    """Measures for a minute or more; returns the file, which the kernels read from then on."""
     from moeforge.kernels.triton.configs import table_path
     from moeforge.kernels.triton.tuning import tune
 

@@ -200,7 +200,10 @@ def _shown(latency: dict[str, float] | None) -> str:
 def kernels(
     rows: Annotated[str, typer.Option(help="Tokens of a decode step, with commas.")] = "1,8,32,64",
     tune: Annotated[
-        bool, typer.Option("--tune", help="First measure tile sizes on this GPU, for minutes, and keep the fastest.")
+        bool,
+        typer.Option(
+            "--tune", help="First measure tile sizes on this GPU, which takes a minute or more, and keep the fastest."
+        ),
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
     json: Json = False,

@@ -46,7 +46,8 @@ class RoutedFeedForward:
 
 
 class _Router:
-    """`model.router`, with the statistics that training always takes."""
+    """`model.router`, with the statistics that training always takes. As on CPUs, where 16-bit inputs and weights are
+    widened; GPUs multiply them as they are, and keep less."""
 
     def __init__(self, work: Workload) -> None:
         moe, wide = work.model.moe, wide_width(work)

@@ -7,7 +7,13 @@ import triton.language as tl
 from torch import Tensor
 
 from moeforge.kernels import fp8_weight
-from moeforge.kernels.triton.fp8_convert import e4m3_to, quantize_activations, quantize_kernel, to_e4m3_bytes
+from moeforge.kernels.triton.fp8_convert import (
+    e4m3_to,
+    quantize_activations,
+    quantize_kernel,
+    scaled_float16,
+    to_e4m3_bytes,
+)
 
 from .compiling import ARCHITECTURES, cross_compile
 
@@ -69,6 +75,29 @@ def test_activations_agree_with_the_reference(dtype: torch.dtype, device: str) -
             expected, expected_scales = fp8_weight.quantize_activations(inputs, scale, offset)
             assert same_codes(values, expected)
             assert torch.equal(scales.nan_to_num(-1), expected_scales.nan_to_num(-1))
+
+
+def test_float16_values_and_their_scales(device: str) -> None:
+    """Rows of every size that bfloat16 has, and of all sizes at once: exact but for 2^-39 of the largest."""
+    every = torch.arange(1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    rows = torch.cat([every[:-128].view(255, 128).float(), torch.randn(255, 128).mul(2.0**-120)], 1)
+    rows = torch.cat([rows[:, :100].sign() * 0, rows], 1).bfloat16()
+    wide = every[:-128].view(1, -1)
+    for x in (rows, wide, rows.t().contiguous().t(), rows[:, :0], rows[:0], torch.zeros(2, 5, dtype=torch.bfloat16)):
+        # The interpreter widens bfloat16's subnormal numbers wrongly.
+        values, scales = scaled_float16(x.to(device) if device == "cuda" else x.float())
+        assert values.isfinite().all() and values.dtype == torch.float16
+        exact = x.double()
+        error = (values.cpu().double() * scales.cpu().double() - exact).abs()
+        if x.numel():
+            largest = exact.abs().amax(1, keepdim=True)
+            assert (error <= largest * 2.0**-39).all()
+        assert (scales.log2() == scales.log2().round()).all()  # powers of two
+    special = torch.tensor([[1.0, torch.inf, 0.0], [torch.nan, 1.0, -torch.inf]], dtype=torch.bfloat16)
+    values, scales = scaled_float16(special.to(device))
+    product = values.cpu().float() * scales.cpu()
+    assert product[0, 1] == torch.inf and product[1].isnan().tolist() == [True, False, False]
+    assert product[1, 2] == -torch.inf and scales.isfinite().all()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

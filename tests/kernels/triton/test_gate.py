@@ -162,7 +162,7 @@ def test_other_routers_have_a_matmul_of_their_own(experts: int, columns: int, dt
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("experts", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("experts", [16, 64, 256])
 def test_routing_compiles_to_tensor_core_instructions(experts: int, architecture: int) -> None:
     types = {"x_ptr": "*bf16", "router_ptr": "*bf16", "weight_ptr": "*fp32", "expert_ptr": "*i64"}
     types |= {"tokens": "i32", "columns": "i32", "stride": "i32", "scale": "fp32", "least_variance": "fp32"}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from moeforge.kernels.triton.weight_grad import grouped_weight_grad, weight_grad
 
 from .compiling import ARCHITECTURES, cross_compile
 from .conftest import DTYPES
+
+grouped_matmul_module = importlib.import_module("moeforge.kernels.triton.grouped_matmul")
 
 SMALL = Config(16, 32, 4, 2, group_m=2)
 """Small tiles, so that small problems have several of each kind."""
@@ -146,6 +149,15 @@ def test_shards_of_block_scaled_weights_sum_to_the_whole(cuts: list[int], device
     assert_near(total.float(), by_hand(x, dequantize(whole, torch.float64), sizes), 1e-5)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_static_scale_is_one_number_of_any_shape(shape: tuple[int, ...], device: str) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 144, device=device), fp8_weight(1, 24, 144, "tensor", device)
+    fixed = torch.full(shape, 0.01, device=device)
+    exact = grouped_matmul_reference(x.double(), weight, offsets_of([3], device), "static", fixed)
+    assert_near(grouped_matmul(x, weight, offsets_of([3], device), "static", fixed, config=SMALL), exact, 1e-3)
+
+
 def test_nan_stays_in_its_row_and_column(device: str) -> None:
     torch.manual_seed(0)
     sizes, weight = [4, 6], fp8_weight(2, 24, 144, "block", device)
@@ -168,24 +180,29 @@ def test_bits_of_a_row_do_not_depend_on_its_batch_mates(activations: str, device
     plain = torch.randn(2, 64, 272, device=device).half()
     x = torch.randn(49, 272, device=device).half()
     alone = offsets_of([0, 1], device)
-    for w in (weight, plain):
+    for rows, w in ((x, weight), (x.bfloat16(), weight), (x, plain)):
         kind = activations if isinstance(w, Fp8Weight) else "none"
-        y = grouped_matmul(x, w, offsets_of(sizes, device), kind, config=MANY)
-        assert torch.equal(grouped_matmul(x[44:45], w, alone, kind, config=FEW), y[44:45])
+        y = grouped_matmul(rows, w, offsets_of(sizes, device), kind, config=MANY)
+        assert torch.equal(grouped_matmul(rows[44:45], w, alone, kind, config=FEW), y[44:45])
 
 
 @pytest.mark.parametrize("activations", ["none", "dynamic", "static"])
-def test_parts_made_apart_add_up_to_the_bits_of_one_program(activations: str, device: str) -> None:
+def test_parts_made_apart_add_up_to_the_bits_of_one_program(
+    activations: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where a weight has few rows: of few tokens parts of the sum are programs of their own, of many they are not."""
     torch.manual_seed(0)
-    sizes, weight = [3, 0, 290], fp8_weight(3, 48, 2176, "block", device)
+    monkeypatch.setattr(grouped_matmul_module, "_APART_ROWS", 5)
+    sizes, weight = [3, 0, 19], fp8_weight(3, 48, 2176, "block", device)
     weight = Fp8Weight(weight.values[:, :, 16:], weight.scales, 16)
     assert parts(48, 2160) == 2
-    x, fixed = torch.randn(293, 2160, device=device).half() / 1000, torch.tensor(1e-5, device=device)
+    # bfloat16 weight-only goes through float16: the interpreter's dot is right.
+    dtype = torch.bfloat16 if activations == "none" else torch.float16
+    x, fixed = (torch.randn(22, 2160) / 1000).to(device, dtype), torch.tensor(1e-5, device=device)
     for gated in (False, True):
         y = matmul(x, weight, offsets_of(sizes, device), activations, fixed, MANY, gated)
         exact = grouped_matmul_reference(x.double(), weight, offsets_of(sizes, device), activations, fixed)
-        assert_near(y, gated_by_hand(exact) if gated else exact, 2e-3)
+        assert_near(y, gated_by_hand(exact) if gated else exact, 2 * TOLERANCE[dtype])
         few = matmul(x[:5], weight, offsets_of([3, 0, 2], device), activations, fixed, FEW, gated)
         assert torch.equal(few, y[:5])
 
@@ -310,7 +327,6 @@ def test_compiles_to_tensor_core_instructions(architecture: int) -> None:
     for compiled, instruction in (
         (compile_matmul(architecture, "16-bit", 16), wide.format(16, 16, "bf16.bf16")),
         (compile_matmul(architecture, "16-bit", 128, transposed=True), wide.format(128, 16, "bf16.bf16")),
-        (compile_matmul(architecture, "weight-only", 16, block_scales=True), wide.format(16, 16, "f16.f16")),
         (compile_matmul(architecture, "weight-only", 128, grouped=False), wide.format(128, 16, "f16.f16")),
         (
             compile_matmul(architecture, "weight-only", 16, block_scales=True, gated=True),
@@ -322,7 +338,6 @@ def test_compiles_to_tensor_core_instructions(architecture: int) -> None:
             wide.format(16, 16, "f16.f16"),
         ),
         (compile_matmul(architecture, "w8a8", 128, block_scales=True, in_parts=4), wide.format(128, depth, operands)),
-        (compile_matmul(architecture, "w8a8", 16), wide.format(16, depth, operands)),
         (compile_matmul(architecture, "w8a8", 128, block_scales=True), wide.format(128, depth, operands)),
     ):
         assert instruction in compiled.asm["ptx"]

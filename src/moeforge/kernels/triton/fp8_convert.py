@@ -101,7 +101,7 @@ def float16_kernel(x, values, scales, columns, x_row, x_column, BLOCK: tl.conste
         column = first + lane
         part = tl.load(x + column * x_column, mask=column < columns, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(part).to(tl.int32, bitcast=True))
-    exponent = tl.minimum(tl.maximum(tl.max(largest, 0) >> 23, 32), 250)  # biased: as far as both scales are normal
+    exponent = tl.maximum(tl.max(largest, 0) >> 23, 15)  # biased; both scales are normal numbers
     scale = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
     inverse = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
     tl.store(scales + row, scale)
@@ -114,8 +114,8 @@ def float16_kernel(x, values, scales, columns, x_row, x_column, BLOCK: tl.conste
 def scaled_float16(x_RK: Tensor) -> tuple[Tensor, Tensor]:
     """x as float16 values [R, K] and the power of two [R, 1], float32, that they are to be multiplied by.
 
-    The largest of a row comes to between 2^14 and 2^15: what float16 cannot hold of bfloat16 values is then at most
-    2^-39 of it. GPUs have an instruction from e4m3 to float16, and none to bfloat16.
+    The largest of a row comes to between 2^14 and 2^15 (less where it is below 2^-112): what float16 cannot hold of
+    bfloat16 values is then at most 2^-39 of it. GPUs have an instruction from e4m3 to float16, and none to bfloat16.
     """
     rows, columns = x_RK.shape
     values = x_RK.new_empty(rows, columns, dtype=torch.float16)

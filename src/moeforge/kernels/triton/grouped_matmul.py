@@ -2,8 +2,9 @@
 
 Weights are the left operand of every dot, y^T = W x^T: tensor cores take 16 rows or more there, but as few columns as a
 decode step has tokens, and on sm_90 the left one may be converted from e4m3 in registers. A row of the result is summed
-by one program, in an order that other rows do not change. The host never reads the offsets: a program finds its expert
-among them, and the tiles that are too many, at most one for each expert, end at once.
+in an order that follows from the weight's shape: by one program, or, of FP8 weights with few rows, by several, whose
+parts a second kernel adds up. The host never reads the offsets: a program finds its expert among them, and the tiles
+that are too many, at most one for each expert, end at once.
 """
 
 from __future__ import annotations
@@ -266,7 +267,7 @@ def matmul(
         K,
         *x.stride(),
         *w.stride(),
-        *(x_scales.stride() if x_scales is not None and x_scales.dim() else (0, 0)),
+        *(x_scales.stride() if x_scales is not None and x_scales.numel() > 1 else (0, 0)),
         *((0, 0, 0) if scales is None else scales.stride()),
         column_offset,
         EXPERTS=experts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -15,7 +16,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
-from moeforge.kernels.fp8 import to_e4m3
+from moeforge.kernels.fp8 import E4M3
 from moeforge.kernels.fp8_weight import BLOCK, GROUP_ROWS, Activations, Fp8Weight
 from moeforge.kernels.triton.configs import BUCKETS, Config, Kind
 from moeforge.kernels.triton.grouped_matmul import grouped_matmul
@@ -33,10 +34,8 @@ def tune(device: torch.device) -> dict[str, dict[int, dict[str, int]]]:
     Takes a minute or more on a GPU, most of it to compile, which several processes do first, into Triton's cache.
     """
     if device.type == "cuda":
-        jobs = [(kind, rows, each, device) for kind in KINDS for rows in BUCKETS for each in candidates(kind, rows)]
-        workers = min(os.cpu_count() or 1, torch.cuda.mem_get_info(device)[0] // _PROCESS_BYTES, _MOST_PROCESSES)
-        with ProcessPoolExecutor(max(1, workers), mp_context=get_context("spawn")) as pool:
-            list(pool.map(_compile, jobs, chunksize=4))
+        free = torch.cuda.mem_get_info(device)[0]
+        _compile_all(device, min(len(os.sched_getaffinity(0)), free // _PROCESS_BYTES, _MOST_PROCESSES))
     return {kind: {rows: _fastest(kind, rows, device)._asdict() for rows in BUCKETS} for kind in KINDS}
 
 
@@ -47,6 +46,18 @@ def candidates(kind: Kind, rows: int) -> Iterator[Config]:
         for block_n, num_warps in ((64, 4), (128, 4), (128, 8)):
             for num_stages in (2, 3, 4) if kind == "weight-grad" or rows == 128 else (3, 4, 6):
                 yield Config(block_m, block_n, num_warps, num_stages)
+
+
+def _compile_all(device: torch.device, processes: int) -> None:
+    """What fails here is compiled later, one after the other."""
+    if processes < 2:
+        return
+    jobs = [(kind, rows, each, device) for kind in KINDS for rows in BUCKETS for each in candidates(kind, rows)]
+    try:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            list(pool.map(_compile, jobs, chunksize=4))
+    except (RuntimeError, OSError) as error:  # a GPU for one process only, no memory, a killed process
+        warnings.warn(f"compiling in {processes} processes failed ({error}); it takes longer in one", stacklevel=2)
 
 
 def _compile(job: tuple[Kind, int, Config, torch.device]) -> None:
@@ -80,10 +91,11 @@ def _call(kind: Kind, rows: int, experts: int, n: int, k: int, device: torch.dev
     if kind == "weight-grad":
         grad = torch.randn(experts * rows, n, device=device, dtype=torch.bfloat16)
         return lambda config: grouped_weight_grad(grad, x, offsets, config)
-    plain = torch.randn(experts, n, k, device=device, dtype=torch.bfloat16)
     if kind == "16-bit":
+        plain = torch.randn(experts, n, k, device=device, dtype=torch.bfloat16)
         return lambda config: grouped_matmul(x, plain, offsets, config=config)
+    codes = torch.randint(0, 0x7F, (experts, n, k), device=device, dtype=torch.uint8)  # all but NaN
     scales = torch.ones(experts, -(-n // GROUP_ROWS), -(-k // BLOCK), device=device)
-    weight = Fp8Weight(to_e4m3(plain), scales)
+    weight = Fp8Weight(codes.view(E4M3), scales)
     activations: Activations = "none" if kind == "weight-only" else "dynamic"
     return lambda config: grouped_matmul(x, weight, offsets, activations, config=config)

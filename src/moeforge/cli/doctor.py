@@ -14,7 +14,14 @@ from moeforge.cli.output import Json, emit
 if TYPE_CHECKING:
     from rich.table import Table
 
-OPTIONAL = {"matplotlib": "report"}  # distribution -> the extra that installs it
+# distribution -> the extra that installs it
+OPTIONAL = {
+    "matplotlib": "report",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "prometheus-client": "serve",
+    "llguidance": "serve",
+}
 PACKAGES = ("transformers", "safetensors", "gguf", "datasets", "numpy")
 CPU_FEATURES = ("avx2", "avx512_f", "avx512_bf16", "amx_tile", "amx_bf16")
 
@@ -34,11 +41,11 @@ def examine() -> dict[str, Any]:
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
     gpus = [_gpu(i) for i in range(torch.cuda.device_count())]
     optional = {name: _version(name) for name in OPTIONAL}
-    notes = [
-        f"{name} is not installed: pip install 'moeforge[{OPTIONAL[name]}]'"
-        for name, version in optional.items()
-        if version is None
-    ]
+    notes = []
+    for extra in dict.fromkeys(OPTIONAL.values()):
+        missing = [name for name, version in optional.items() if version is None and OPTIONAL[name] == extra]
+        if missing:
+            notes.append(f"not installed: {', '.join(missing)}; pip install 'moeforge[{extra}]'")
     if native.name() is None:
         if os.environ.get("MOEFORGE_NATIVE") == "0":
             reason = "is off (MOEFORGE_NATIVE=0)"
@@ -109,6 +116,7 @@ def _table(result: dict[str, Any]) -> Table:
         "GPUs": "\n".join(gpus) or "none",
         "CPU": f"{result['cpu']}, {result['cpu_cores']} cores, {result['torch_threads']} torch threads",
         "CPU features": ", ".join(name for name, there in result["cpu_features"].items() if there) or "none",
+        "CPU library": result["native_kernels"] or "none",
         "memory": f"{_gib(result['memory_bytes'])}, {_gib(result['memory_available_bytes'])} available",
         "disk here": f"{_gib(result['disk_free_bytes'])} free",
         "packages": ", ".join(f"{name} {version or '-'}" for name, version in packages.items()),

@@ -39,17 +39,15 @@ def command(
     """Mean loss (nats a token) and perplexity of a model on a text, read in half-overlapping windows."""
     from moeforge.checkpoint import open_checkpoint
     from moeforge.checkpoint.inference import load_for_inference
-    from moeforge.evaluate import evaluate_text, evaluate_tokens
+    from moeforge.evaluate import held_out_loss, text_tokens, text_windows
 
     words = None if text is None else read_text("--text", text)
     checkpoint = open_checkpoint(model)
     window = min(1024, checkpoint.config.max_positions) if sequence_length is None else sequence_length
     tokenizer = checkpoint.tokenizer()
-    loaded = load_for_inference(checkpoint, dtype, device)
-    if words is None:
-        result = evaluate_tokens(loaded, python_topics(tokenizer)[1], window, max_tokens=max_tokens)
-    else:
-        result = evaluate_text(loaded, tokenizer, words, window, max_tokens=max_tokens)
+    tokens = python_topics(tokenizer)[1] if words is None else text_tokens(tokenizer, words)
+    batches = text_windows(checkpoint.config, tokens, window, max_tokens=max_tokens)  # or refused, before loading
+    result = held_out_loss(load_for_inference(checkpoint, dtype, device), batches)
     if not math.isfinite(result.loss):
         raise RunError(f"{model}: the loss is {result.loss}; the weights are damaged or overflow in this dtype")
     human = f"loss {result.loss:.4f}, perplexity {result.perplexity:.3f} over {result.tokens:,} tokens"

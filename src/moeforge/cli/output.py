@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
 
+_PIPED_WIDTH = 110
+
 _PATH = {
     errno.EACCES: "permission denied; name a file or directory that you may use",
     errno.EPERM: "permission denied; name a file or directory that you may use",
@@ -88,7 +90,10 @@ def emit(result: Mapping[str, Any], as_json: bool, human: Callable[[], Any] | st
         return
     from rich.console import Console
 
-    Console(file=stream).print(shown)
+    console = Console(file=stream)
+    if not console.is_terminal:  # whoever reads it wants whole numbers
+        console.width = max(console.width, _PIPED_WIDTH)
+    console.print(shown)
 
 
 def stderr_console() -> Console:

@@ -87,5 +87,5 @@ def table(first: str, *figures: str) -> Table:
     made = Table(box=None, pad_edge=False)
     made.add_column(first)
     for name in figures:
-        made.add_column(name, justify="right")
+        made.add_column(name, justify="right", overflow="fold")  # numbers are never cut
     return made

@@ -41,7 +41,7 @@ def command(
         str | None, typer.Option(metavar="NAME", help="The model's name in the API; default: MODEL as given.")
     ] = None,
     tp: Annotated[
-        int | None, typer.Option(metavar="N", help="GPUs that share every layer; any number.", show_default="1")
+        int | None, typer.Option(metavar="N", help="GPUs that share every layer; any number; default: 1.")
     ] = None,
     gpu_split: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="A weight, or the memory, of each GPU; default: equal.")
@@ -114,7 +114,9 @@ def command(
         enable_prefix_caching=enable_prefix_caching,
         deterministic=deterministic,
     )
-    settings = _settings(served_model_name or model, host, api_key_file, allow_unauthenticated, allowed_host or [])
+    settings = _settings(
+        served_model_name or model.rstrip("/") or model, host, api_key_file, allow_unauthenticated, allowed_host or []
+    )
     _serve(model, config, settings, host, port, shutdown_timeout, json)
 
 

@@ -2,7 +2,7 @@
 
 from moeforge.evaluate.loss import EvalResult, held_out_loss
 from moeforge.evaluate.streamed import streamed_loss
-from moeforge.evaluate.text import evaluate_text, evaluate_tokens, sliding_windows, text_windows
+from moeforge.evaluate.text import evaluate_text, evaluate_tokens, sliding_windows, text_tokens, text_windows
 
 __all__ = [
     "EvalResult",
@@ -11,5 +11,6 @@ __all__ = [
     "held_out_loss",
     "sliding_windows",
     "streamed_loss",
+    "text_tokens",
     "text_windows",
 ]

@@ -101,6 +101,11 @@ def evaluate_text(
     stride: int | None = None,
     max_tokens: int | None = None,
 ) -> EvalResult:
-    """`evaluate_tokens` of a text, as transformers' `tokenizer` encodes it with its own special tokens."""
-    tokens = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
-    return evaluate_tokens(model, tokens, window, stride, max_tokens)
+    """`evaluate_tokens` of a text."""
+    return evaluate_tokens(model, text_tokens(tokenizer, text), window, stride, max_tokens)
+
+
+def text_tokens(tokenizer: Any, text: str) -> list[int]:
+    """As transformers' `tokenizer` encodes a text, with its own special tokens."""
+    tokens: list[int] = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
+    return tokens

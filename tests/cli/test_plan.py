@@ -39,7 +39,8 @@ def test_json_and_the_layout_that_training_reads(config, tmp_path, capsys):
     assert json.loads(layout.to_json()) == result["layout"]
 
 
-def test_human_output_fits_and_names_the_sum(config, capsys):
+def test_human_output_fits_and_names_the_sum(config, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["plan", "train", str(config)]) == 0
     text = capsys.readouterr().out
     assert "134,515,008 parameters" in text and "30+E+H" in text and "1 process = pp 1" in text

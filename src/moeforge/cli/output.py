@@ -91,8 +91,8 @@ def emit(result: Mapping[str, Any], as_json: bool, human: Callable[[], Any] | st
     from rich.console import Console
 
     console = Console(file=stream)
-    if not console.is_terminal:  # whoever reads it wants whole numbers
-        console.width = max(console.width, _PIPED_WIDTH)
+    if not console.is_terminal and "COLUMNS" not in os.environ:  # whoever reads it wants whole numbers
+        console.width = _PIPED_WIDTH
     console.print(shown)
 
 

@@ -93,7 +93,10 @@ def _loss_and_gradients(
         if grad_weight is None:
             grad_weight = torch.empty_like(weight)
         for some in (even, *odd):
-            grad_weight[some].addmm_(logits[:, some].t(), x[part], beta=1 if start else 0)
+            if start:
+                grad_weight[some].addmm_(logits[:, some].t(), x[part])
+            else:
+                torch.mm(logits[:, some].t(), x[part], out=grad_weight[some])
     return loss, grad_x, grad_weight
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moeforge.config.model import ModelConfig
 from moeforge.errors import UserError
-from moeforge.evaluate import evaluate_text, sliding_windows
+from moeforge.evaluate import EvalResult, held_out_loss, sliding_windows, text_tokens, text_windows
 from moeforge.model import DenseAttention, ForwardContext, Transformer
 
 
@@ -50,6 +50,11 @@ def model() -> Transformer:
     return model
 
 
+def evaluate(model: Transformer, text: str, *arguments: int, **named: int) -> EvalResult:
+    tokens = text_tokens(ByteTokenizer(), text)
+    return held_out_loss(model, text_windows(model.config, tokens, *arguments, **named))
+
+
 def test_the_loss_is_that_of_each_window_by_itself(model: Transformer) -> None:
     text = "The quick brown fox jumps over the lazy dog, twice."
     ids = torch.tensor([ord(character) % 64 for character in text])
@@ -61,13 +66,13 @@ def test_the_loss_is_that_of_each_window_by_itself(model: Transformer) -> None:
         with torch.no_grad():
             hidden = model(ids[begin:target], torch.arange(target - begin), context)
             total -= model.logits(hidden[-1:], context).log_softmax(-1)[0, ids[target]].item()
-    result = evaluate_text(model, ByteTokenizer(), text, window, stride)
+    result = evaluate(model, text, window, stride)
     assert result.tokens == len(ids) - 1
     assert result.loss == pytest.approx(total / (len(ids) - 1), rel=1e-5)
 
 
 def test_max_tokens_counts_targets(model: Transformer) -> None:
-    assert evaluate_text(model, ByteTokenizer(), "abcdefgh" * 9, 16, max_tokens=21).tokens == 21
+    assert evaluate(model, "abcdefgh" * 9, 16, max_tokens=21).tokens == 21
 
 
 @pytest.mark.parametrize(
@@ -80,9 +85,9 @@ def test_max_tokens_counts_targets(model: Transformer) -> None:
 )
 def test_impossible_windows_are_refused(model: Transformer, arguments: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        evaluate_text(model, ByteTokenizer(), "some text", **arguments)
+        evaluate(model, "some text", **arguments)
 
 
 def test_too_short_a_text_is_refused(model: Transformer) -> None:
     with pytest.raises(UserError, match="0 tokens"):
-        evaluate_text(model, ByteTokenizer(), "a", 8)
+        evaluate(model, "a", 8)

@@ -2,12 +2,10 @@
 
 from moeforge.evaluate.loss import EvalResult, held_out_loss
 from moeforge.evaluate.streamed import streamed_loss
-from moeforge.evaluate.text import evaluate_text, evaluate_tokens, sliding_windows, text_tokens, text_windows
+from moeforge.evaluate.text import sliding_windows, text_tokens, text_windows
 
 __all__ = [
     "EvalResult",
-    "evaluate_text",
-    "evaluate_tokens",
     "held_out_loss",
     "sliding_windows",
     "streamed_loss",

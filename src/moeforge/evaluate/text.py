@@ -10,8 +10,6 @@ import torch
 from moeforge.config.model import ModelConfig
 from moeforge.data import Batch
 from moeforge.errors import UserError
-from moeforge.evaluate.loss import EvalResult, held_out_loss
-from moeforge.model import Transformer
 
 _BATCH_TOKENS = 8192
 _IGNORE = -100
@@ -57,21 +55,6 @@ def _stack(rows: list[Batch]) -> Batch:
     return Batch(*(torch.stack([getattr(row, name) for row in rows]) for name in Batch.__dataclass_fields__))
 
 
-def evaluate_tokens(
-    model: Transformer,
-    tokens: list[int],
-    window: int = 1024,
-    stride: int | None = None,
-    max_tokens: int | None = None,
-) -> EvalResult:
-    """Loss and perplexity of the first `max_tokens` targets (None: all) through windows `stride` apart.
-
-    `stride` defaults to half a window. Raises UserError for a window beyond the model's positions, fewer than
-    two tokens, or tokens outside the model's vocabulary.
-    """
-    return held_out_loss(model, text_windows(model.config, tokens, window, stride, max_tokens))
-
-
 def text_windows(
     config: ModelConfig,
     tokens: list[int],
@@ -79,7 +62,11 @@ def text_windows(
     stride: int | None = None,
     max_tokens: int | None = None,
 ) -> Iterator[Batch]:
-    """What `evaluate_tokens` reads, with its arguments and errors."""
+    """For `held_out_loss`: the first `max_tokens` targets (None: all) in windows `stride` apart.
+
+    `stride` defaults to half a window. Raises UserError for a window beyond the model's positions, and for tokens
+    outside its vocabulary.
+    """
     positions, vocab_size = config.max_positions, config.vocab_size
     if not 1 <= window <= positions:
         raise UserError(f"sequence_length = {window}: must be between 1 and the model's positions ({positions})")
@@ -91,18 +78,6 @@ def text_windows(
         raise UserError(f"token {max(tokens)}: the model's vocab_size is {vocab_size}; use its own tokenizer")
     stride = max(1, window // 2) if stride is None else stride
     return sliding_windows(tokens, window, stride)
-
-
-def evaluate_text(
-    model: Transformer,
-    tokenizer: Any,
-    text: str,
-    window: int = 1024,
-    stride: int | None = None,
-    max_tokens: int | None = None,
-) -> EvalResult:
-    """`evaluate_tokens` of a text."""
-    return evaluate_tokens(model, text_tokens(tokenizer, text), window, stride, max_tokens)
 
 
 def text_tokens(tokenizer: Any, text: str) -> list[int]:

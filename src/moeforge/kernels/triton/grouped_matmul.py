@@ -42,28 +42,11 @@ def rows_of_tile(offsets, tile, EXPERTS: tl.constexpr, PADDED: tl.constexpr, BLO
 
 @triton.jit
 def _part(
-    x,
-    w,
-    x_scales,
-    w_scales,
-    K,
-    x_column,
-    x_scale_column,
-    w_column,
-    w_scale_column,
-    column_offset,
-    begin,
-    end,
-    r_inside,
-    w_inside,
-    BLOCK_SCALES: tl.constexpr,
-    X_BLOCK_SCALES: tl.constexpr,
-    EIGHT_BITS: tl.constexpr,
-    NATIVE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x, w, x_scales, w_scales, K, x_column, x_scale_column, w_column, w_scale_column, column_offset,
+    begin, end, r_inside, w_inside,
+    BLOCK_SCALES: tl.constexpr, X_BLOCK_SCALES: tl.constexpr, EIGHT_BITS: tl.constexpr, NATIVE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """W x^T over the blocks of columns from `begin` to `end`; x, w and scales point at their rows."""
     # With scales of blocks a tile of columns lies in one block, which is counted from the global first column.
     k = begin * BLOCK_K + tl.arange(0, BLOCK_K)
